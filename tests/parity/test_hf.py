@@ -1,0 +1,151 @@
+"""Parity with Hugging Face's Qwen2.5-VL in float32: component by component, end to end, and files both ways."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import tiny
+from trace_jax.config import Lora
+from trace_jax.model import weights
+from trace_jax.model.architecture import Architecture
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+
+def save_random_hf(folder: pathlib.Path, tie: bool) -> None:
+    """Writes a random Hugging Face model of the tiny architecture, biases and norms included."""
+    torch.manual_seed(0)
+    config = tiny.architecture(tie).to_hf()
+    reference = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config))
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name or "ln_q" in name else 0.1 * noise)
+    reference.save_pretrained(folder)
+
+
+def load_hf(folder: pathlib.Path):
+    """Loads with Hugging Face; every tensor must find its place."""
+    reference, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    return reference.eval()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def folder(request, tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("hf")
+    save_random_hf(path, request.param)
+    return path
+
+
+def pixel_values(image) -> np.ndarray:
+    """Patches in Hugging Face's order: merge units in reading order."""
+    unit = tiny.GEOMETRY.merge_unit
+    return image.values.reshape(-1, unit, image.values.shape[-1])[image.slots].reshape(image.values.shape)
+
+
+def run_hf(reference, sequence) -> tuple[np.ndarray, np.ndarray]:
+    """States after the final norm [l, D] and logits [l, vocab] of one sequence, positions computed by the reference."""
+    tokens = torch.tensor(sequence.tokens[None].astype(np.int64))
+    arguments = {"input_ids": tokens, "mm_token_type_ids": (tokens == tiny.IMAGE).int()}
+    if sequence.images:
+        values = np.concatenate([pixel_values(image) for image in sequence.images])
+        grids = [[1, 2 * image.grid[0], 2 * image.grid[1]] for image in sequence.images]
+        arguments |= {"pixel_values": torch.tensor(values), "image_grid_thw": torch.tensor(grids)}
+    with torch.no_grad():
+        reference.model.rope_deltas = None
+        output = reference(**arguments, output_hidden_states=True)
+    return output.hidden_states[-1][0].numpy(), output.logits[0].numpy()
+
+
+def compare(model, reference, tolerance: float = 1e-4) -> float:
+    """Largest difference of states and logits over the packed sequences."""
+    packed = tiny.packed()
+    inputs = tiny.stack_shards([packed.inputs])
+    hidden = np.asarray(jax.jit(lambda m, x: m(x))(model, inputs)).reshape(-1, 48)
+    logits = np.asarray(model.logits(jnp.asarray(hidden)))
+    worst = 0.0
+    for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
+        expected_hidden, expected_logits = run_hf(reference, sequence)
+        at = slice(start, start + len(sequence))
+        np.testing.assert_allclose(hidden[at], expected_hidden, atol=tolerance, rtol=tolerance)
+        np.testing.assert_allclose(logits[at], expected_logits, atol=tolerance, rtol=tolerance)
+        worst = max(worst, np.abs(hidden[at] - expected_hidden).max(), np.abs(logits[at] - expected_logits).max())
+    return worst
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_packed_rows_equal_single_sequences(folder, scan):
+    worst = compare(weights.load(folder, scan_layers=scan), load_hf(folder), 2e-5)
+    print(f"largest difference {worst:.2e}")
+
+
+def test_vision_encoder_and_projector(folder):
+    model, reference = weights.load(folder), load_hf(folder)
+    packed = tiny.packed()
+    visual = np.asarray(model.visual(tiny.stack_shards([packed.inputs])))[0]
+    for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
+        at = slice(start, start + len(sequence))
+        index = packed.inputs.visual_index.reshape(-1)[at]
+        if not sequence.images:
+            assert (index == -1).all()
+            continue
+        values = torch.tensor(np.concatenate([pixel_values(image) for image in sequence.images]))
+        grids = torch.tensor([[1, 2 * image.grid[0], 2 * image.grid[1]] for image in sequence.images])
+        with torch.no_grad():
+            expected = reference.model.visual(values, grid_thw=grids).pooler_output.numpy()
+        np.testing.assert_allclose(visual[index[index >= 0]], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_saved_model_with_lora_and_emb_row_loads_in_hf(folder, tmp_path):
+    model = weights.load(folder, lora=Lora(rank=4, alpha=8.0), emb_token_id=tiny.EMB, init_emb_from=7)
+    np.testing.assert_array_equal(model.emb_row[...], model.head()[7])
+    key = jax.random.key(0)
+    for path, leaf in weights.flat_parameters(model).items():
+        if path.endswith(("lora_b", "emb_row")):
+            key, use = jax.random.split(key)
+            leaf[...] = 0.1 * jax.random.normal(use, leaf.shape)
+    weights.save(model, tmp_path, shard_bytes=50_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    compare(model, load_hf(tmp_path), 2e-5)
+    again = weights.load(tmp_path, emb_token_id=tiny.EMB)
+    np.testing.assert_array_equal(again.emb_row[...], model.emb_row[...])
+
+
+def test_save_and_load_is_the_identity(folder, tmp_path):
+    model = weights.load(folder)
+    weights.save(model, tmp_path)
+    assert Architecture.from_hf(tmp_path) == model.architecture
+    again = weights.flat_parameters(weights.load(tmp_path))
+    for path, leaf in weights.flat_parameters(model).items():
+        np.testing.assert_array_equal(leaf[...], again[path][...])
+
+
+def test_config_of_both_layouts(folder, tmp_path):
+    nested = Architecture.from_hf(folder)  # written by transformers
+    flat = transformers.Qwen2_5_VLConfig(**nested.to_hf())
+    assert Architecture.from_dict(json.loads(json.dumps(flat.to_dict()))) == nested
+    expected = dataclasses.asdict(tiny.architecture(nested.language.tie_embeddings))
+    assert dataclasses.asdict(nested) == expected
+
+
+def test_newer_key_names_are_read(folder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    renamed = {}
+    for key, value in load_file(folder / "model.safetensors").items():
+        key = key.replace("model.", "model.language_model.") if key.startswith("model.") else key
+        renamed[f"model.{key}" if key.startswith("visual.") else key] = value
+    save_file(renamed, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    expected = weights.flat_parameters(weights.load(folder))
+    for path, leaf in weights.flat_parameters(weights.load(tmp_path)).items():
+        np.testing.assert_array_equal(leaf[...], expected[path][...])

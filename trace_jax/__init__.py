@@ -1,0 +1,1 @@
+"""trace_jax: TRACE retrievers (arXiv 2603.02929) in JAX, for TPUs."""

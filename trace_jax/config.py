@@ -1,0 +1,179 @@
+"""Configurations: frozen dataclasses, one file per experiment in configs/, overridable on the command line.
+
+`load_config("emoji_tiny", ["--optimizer.learning-rate", "1e-4"])` imports configs/emoji_tiny.py and reads its
+`config`. A misspelt name or option gets a "did you mean".
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import tyro
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEFAULT = "emoji_tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Adapters on the language model's linear layers (paper Table 7: rank 128, alpha 256)."""
+
+    rank: int = 128
+    alpha: float = 256.0
+    dropout: float = 0.0
+    rslora: bool = False  # scale alpha/sqrt(rank) instead of alpha/rank
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Which base to start from and how to run it. The architecture is read from the base's config.json."""
+
+    base: str = "trace_jax/assets/emoji_base"  # a Hugging Face folder
+    lora: Lora | None = Lora()
+    trainable: tuple[str, ...] = (r"projector/.*", r".*/lora_[ab]", r"emb_row")  # regexes on parameter paths
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; norms, softmax, rotary and losses are float32
+    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
+    scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
+    remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["xla", "splash"] = "xla"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What to train on, and the static shapes of a batch."""
+
+    source: Literal["retrieval", "generative"] = "retrieval"
+    release: str = "emoji_small"  # a folder of `root`, in M-BEIR's layout
+    root: str = "data"
+    batch_size: int = 1024  # pairs, over all devices
+    row_length: int = 2048  # L: tokens of a packed row; also the longest sequence
+    rows: int = 0  # R: packed rows of a shard; 0 measures the first batches
+    patch_row_length: int = 1024  # P: patches of a vision row; also the largest image
+    patch_rows: int = 0  # V: vision rows of a shard; 0 measures the first batches
+    prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
+    max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
+    traces: bool = True  # False trains plain contrastive: every query is simple
+    max_positives: int = 8  # K
+    max_trace_tokens: int = 384
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 300 * 28 * 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """L = generation * L_gen + retrieval * L_ret (paper Eq. 5, Table 8)."""
+
+    generation: float = 1.0
+    retrieval: float = 1.0
+    temperature: float = 0.05
+    supervise_emb: bool = True  # the emission of <|emb|> is a target also when there is no trace
+    vocabulary_chunk: int = 1024  # supervised tokens whose logits exist at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW with linear warm-up and cosine decay to `final_fraction` of the peak."""
+
+    learning_rate: float = 2e-4
+    warmup_steps: int = 30
+    final_fraction: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; -1 takes all that remain."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Length, rhythm and seed of a run."""
+
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 10
+    validate_every: int = 0  # 0: never
+    checkpoint_every: int = 100
+    checkpoint_minutes: float = 15.0
+    keep: int = 2  # newest checkpoints kept
+    prefetch: int = 4  # batches made ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a checkpoint is searched with and measured."""
+
+    mode: Literal["adaptive", "direct", "always"] = "adaptive"
+    batch_size: int = 128  # queries or documents embedded at once
+    max_trace_tokens: int = 64
+    ks: tuple[int, ...] = (1, 5, 10)
+    neighbours: int = 10  # results kept per query
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    name: str
+    workdir: str = ""  # default runs/<name>
+    model: Model = Model()
+    data: Data = Data()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def run_dir(self) -> str:
+        """Where checkpoints, events, embeddings and reports of the run go; local or gs://."""
+        return self.workdir or f"runs/{self.name}"
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_names() -> list[str]:
+    """The experiments in configs/."""
+    return sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+
+
+def load_config(name: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
+    """Reads `config` of configs/<name>.py and applies command-line overrides.
+
+    Raises SystemExit with a "did you mean" for an unknown name or option.
+    """
+    if name not in config_names():
+        near = difflib.get_close_matches(name, config_names(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise SystemExit(f"unknown config {name!r}.{hint} There are: {', '.join(config_names())}")
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", ROOT / "configs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config: Config = module.config
+    if config.name != name:
+        raise SystemExit(f"configs/{name}.py holds a config named {config.name!r}; the names must agree")
+    return tyro.cli(Config, default=config, args=list(overrides), prog=f"train.py {name}")
+
+
+def from_command_line(arguments: Sequence[str], default: str = DEFAULT) -> Config:
+    """`[config] [overrides]`, as every program in launch/ takes them."""
+    if arguments and not arguments[0].startswith("-"):
+        return load_config(arguments[0], arguments[1:])
+    return load_config(default, arguments)

@@ -1,0 +1,44 @@
+"""One attention for windows, images, packed text and decoding: what may see what is told by segment ids."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Backend = Literal["xla", "splash"]
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    segments_q: Array,
+    segments_kv: Array,
+    causal: bool,
+    backend: Backend = "xla",
+) -> Array:
+    """Softmax attention, scaled by 1/sqrt(head_dim), within equal segments.
+
+    q [rows, heads, length_q, head_dim]; k, v [rows, kv_heads, length_kv, head_dim], each kv head serving
+    heads / kv_heads neighbouring heads; segments_q [rows, length_q], segments_kv [rows, length_kv] int32, 0 is padding:
+    it is never seen, and its own result is 0. `causal` hides later slots. The softmax is float32. Returns
+    [rows, heads, length_q, head_dim] in q's dtype. Raises ValueError for an unknown backend.
+    """
+    if backend != "xla":
+        raise ValueError(f"attention backend {backend!r} is not available; use 'xla'")
+    rows, heads, length, width = q.shape
+    kv_heads, slots = k.shape[1:3]
+    mask = (segments_q[:, :, None] == segments_kv[:, None, :]) & (segments_q > 0)[:, :, None]
+    if causal:
+        mask &= jnp.tril(jnp.ones((length, slots), bool))[None]
+    mask = mask[:, None, None]
+    grouped = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(rows, kv_heads, -1, width)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores.reshape(rows, kv_heads, heads // kv_heads, length, slots), -1e30)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    weights = jnp.where(mask, weights, 0.0).astype(v.dtype)
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.reshape(rows, kv_heads, -1, slots), v).reshape(q.shape)

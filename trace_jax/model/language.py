@@ -1,0 +1,190 @@
+"""The decoder: grouped-query attention with M-RoPE over packed rows, and one token at a time over a KV cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trace_jax.config import Lora
+from trace_jax.model.architecture import LanguageArchitecture
+from trace_jax.model.attention import Backend, attention
+from trace_jax.model.layers import (
+    DTypes,
+    Linear,
+    Remat,
+    RMSNorm,
+    Rotary,
+    SwiGLU,
+    lora_for,
+    rotate,
+    run_layers,
+    stack_layers,
+    text_rotary,
+    unstack_layers,
+)
+
+Array = jax.Array
+LayerCache = tuple[Array, Array]  # k, v: [rows, kv_heads, slots, head_dim]
+Cache = tuple[LayerCache, ...]  # one a layer; a stacked cache would be copied at every step
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> the result, and what to keep
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention; who attends to whom, and what is kept, is the caller's `attend`."""
+
+    def __init__(
+        self, architecture: LanguageArchitecture, *, lora: Lora | None, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        def linear(name: str, in_features: int, out_features: int, bias: bool) -> Linear:
+            adapter = lora_for(lora, name)
+            return Linear(in_features, out_features, bias=bias, lora=adapter, dtypes=dtypes, rngs=rngs)
+
+        size, width = architecture.hidden_size, architecture.head_dim
+        self.q_proj = linear("q_proj", size, architecture.num_heads * width, True)
+        self.k_proj = linear("k_proj", size, architecture.num_kv_heads * width, True)
+        self.v_proj = linear("v_proj", size, architecture.num_kv_heads * width, True)
+        self.o_proj = linear("o_proj", architecture.num_heads * width, size, False)
+        self.head_dim = width
+
+    def __call__(self, x: Array, rotary: Rotary, attend: Attend) -> tuple[Array, Any]:
+        """[rows, length, hidden], angles [rows, length, head_dim / 2] -> [rows, length, hidden], what is kept."""
+
+        def heads(y: Array) -> Array:
+            return y.reshape(*y.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+        q, k = rotate(heads(self.q_proj(x)), rotary), rotate(heads(self.k_proj(x)), rotary)
+        y, kept = attend(q, k, heads(self.v_proj(x)))
+        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), kept
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(
+        self, architecture: LanguageArchitecture, *, lora: Lora | None, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        def norm() -> RMSNorm:
+            return RMSNorm(
+                architecture.hidden_size,
+                eps=architecture.norm_eps,
+                dtype=dtypes.compute,
+                param_dtype=dtypes.params,
+            )
+
+        size, hidden = architecture.hidden_size, architecture.intermediate_size
+        self.input_layernorm = norm()
+        self.self_attn = SelfAttention(architecture, lora=lora, dtypes=dtypes, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        self.mlp = SwiGLU(size, hidden, bias=False, lora=lora, dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Array, rotary: Rotary, attend: Attend) -> tuple[Array, Any]:
+        """Shapes as `SelfAttention`."""
+        y, kept = self.self_attn(self.input_layernorm(x), rotary, attend)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), kept
+
+
+class Embedding(nnx.Module):
+    """`embedding` [vocab, features]."""
+
+    def __init__(self, count: int, features: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+        values = 0.02 * jax.random.normal(rngs.params(), (count, features), jnp.float32)
+        self.embedding = nnx.Param(values.astype(dtypes.params))
+        self.dtype = dtypes.compute
+
+    def __call__(self, tokens: Array) -> Array:
+        """[...] int32 -> [..., features] in the compute dtype."""
+        return jnp.take(self.embedding[...], tokens, axis=0, mode="clip").astype(self.dtype)
+
+
+class Decoder(nnx.Module):
+    """Embeddings, stacked layers, final norm."""
+
+    def __init__(
+        self,
+        architecture: LanguageArchitecture,
+        *,
+        lora: Lora | None,
+        dtypes: DTypes,
+        scan_layers: bool,
+        remat: Remat,
+        backend: Backend,
+        rngs: nnx.Rngs,
+    ):
+        self.embed_tokens = Embedding(
+            architecture.vocab_size, architecture.hidden_size, dtypes=dtypes, rngs=rngs
+        )
+        self.layers = stack_layers(
+            lambda keys: DecoderLayer(architecture, lora=lora, dtypes=dtypes, rngs=keys),
+            architecture.num_layers,
+            rngs,
+        )
+        self.norm = RMSNorm(
+            architecture.hidden_size, eps=architecture.norm_eps, dtype=jnp.float32, param_dtype=dtypes.params
+        )
+        self.architecture = architecture
+        self.scan_layers = scan_layers
+        self.remat = remat
+        self.backend = backend
+
+    def _rotary(self, positions: Array) -> Rotary:
+        return text_rotary(positions, self.architecture.mrope_section, self.architecture.rope_theta)
+
+    def __call__(
+        self, x: Array, segments: Array, positions: Array, *, cache_length: int | None = None
+    ) -> tuple[Array, Cache]:
+        """Packed rows: x [rows, L, hidden], segments [rows, L], positions [rows, L, 3] int32.
+
+        Returns the states after the final norm [rows, L, hidden] float32, and, when `cache_length` >= L is given, the
+        keys and values of every layer in caches of so many slots (else an empty tuple).
+        """
+        rotary = self._rotary(positions)
+
+        def attend(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
+            y = attention(
+                q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.backend
+            )
+            if cache_length is None:
+                return y, None
+            room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))
+            return y, (jnp.pad(k, room), jnp.pad(v, room))
+
+        def body(layer: DecoderLayer, x: Array, _: Array) -> tuple[Array, LayerCache | None]:
+            return layer(x, rotary, attend)
+
+        x, kept = run_layers(
+            body,
+            x,
+            self.layers,
+            np.zeros(self.architecture.num_layers, bool),
+            scan=self.scan_layers,
+            remat=self.remat,
+        )
+        return self.norm(x), () if cache_length is None else tuple(kept)
+
+    def decode(self, x: Array, positions: Array, cache: Cache, lengths: Array) -> tuple[Array, Cache]:
+        """One token a row: x [rows, hidden], positions [rows, 3], lengths [rows] int32: slots filled so far.
+
+        The token takes slot lengths[row] and sees the slots up to its own. Returns its state after the final norm
+        [rows, hidden] float32, and the cache with the token in it. Unrolled over layers whatever `scan_layers` says.
+        """
+        rotary = self._rotary(positions[:, None])
+        slots = cache[0][0].shape[2]
+        seen = (jnp.arange(slots)[None] <= lengths[:, None]).astype(jnp.int32)
+        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1))
+        x, caches = x[:, None], []
+        for layer, (keys, values) in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
+
+            def attend(
+                q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values
+            ) -> tuple[Array, LayerCache]:
+                kept = write(keys, k, lengths), write(values, v, lengths)
+                ones = jnp.ones((q.shape[0], 1), jnp.int32)
+                return attention(q, *kept, segments_q=ones, segments_kv=seen, causal=False), kept
+
+            x, kept = layer(x, rotary, attend)
+            caches.append(kept)
+        return self.norm(x[:, 0]), tuple(caches)

@@ -1,0 +1,206 @@
+"""Building blocks: Linear with its optional LoRA, RMSNorm, SwiGLU, rotary embeddings, stacks of layers.
+
+The dtype policy is written here, once: parameters are stored in `DTypes.params`, matrix products run in
+`DTypes.compute`; norms and rotary angles are float32, and so is everything that TRACE trains (LoRA, projector,
+the row of <|emb|>).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from trace_jax.config import Lora
+
+Array = jax.Array
+Remat = Literal["none", "dots", "full"]
+M = TypeVar("M", bound=nnx.Module)
+
+
+@dataclasses.dataclass(frozen=True)
+class DTypes:
+    """What matrix products run in, and what the base's parameters are stored in."""
+
+    compute: jnp.dtype = jnp.dtype(jnp.float32)
+    params: jnp.dtype = jnp.dtype(jnp.float32)
+
+
+class Linear(nnx.Module):
+    """y = x kernel + bias + scale (x lora_a) lora_b, in `dtypes.compute`.
+
+    `kernel` [in, out]; `bias` [out]; `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b`
+    [rank, out], zeros. Bias and adapters are optional. Raises ValueError for a LoRA dropout, which is not
+    implemented.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        lora: Lora | None = None,
+        dtypes: DTypes,
+        rngs: nnx.Rngs,
+    ):
+        if lora is not None and lora.dropout:
+            raise ValueError(f"LoRA dropout {lora.dropout} is not implemented; set it to 0")
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), dtypes.params)
+        self.kernel = nnx.Param(kernel)
+        self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.params)) if bias else None
+        rank = 0 if lora is None else lora.rank
+        limit = 1 / math.sqrt(in_features)
+        a = jax.random.uniform(rngs.params(), (in_features, rank), jnp.float32, minval=-limit, maxval=limit)
+        self.lora_a = nnx.LoRAParam(a) if rank else None
+        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, out_features), jnp.float32)) if rank else None
+        self.scale = 0.0 if lora is None else lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
+        self.dtype = dtypes.compute
+
+    def __call__(self, x: Array) -> Array:
+        """[..., in] any float -> [..., out] in the compute dtype.
+
+        The product is a plain matrix product: XLA:CPU takes twice as long for the gradient of a batched one.
+        """
+        leading = x.shape[:-1]
+        x = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = x @ self.kernel[...].astype(self.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            low = x @ self.lora_a[...].astype(self.dtype)
+            y = y + jnp.asarray(self.scale, self.dtype) * (low @ self.lora_b[...].astype(self.dtype))
+        if self.bias is not None:
+            y = y + _row(self.bias[...], y)
+        return y.reshape(*leading, -1)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, computed in float32; `scale` [features]."""
+
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype))
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        """[..., features] any float -> the same shape in `dtype`."""
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return (x * _row(self.scale[...], x)).astype(self.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(
+        self, features: int, hidden: int, *, bias: bool, lora: Lora | None = None, dtypes: DTypes, rngs: nnx.Rngs
+    ):
+        def linear(name: str, in_features: int, out_features: int) -> Linear:
+            adapter = lora_for(lora, name)
+            return Linear(in_features, out_features, bias=bias, lora=adapter, dtypes=dtypes, rngs=rngs)
+
+        self.gate_proj = linear("gate_proj", features, hidden)
+        self.up_proj = linear("up_proj", features, hidden)
+        self.down_proj = linear("down_proj", hidden, features)
+
+    def __call__(self, x: Array) -> Array:
+        """[..., features] -> [..., features]."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def lora_for(lora: Lora | None, name: str) -> Lora | None:
+    """`lora` when the linear layer called `name` is among its targets."""
+    return lora if lora is not None and name in lora.targets else None
+
+
+def _row(vector: Array, like: Array) -> Array:
+    """[n] -> [1, ..., n] of the rank and dtype of `like`."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+
+
+# ---- rotary embeddings -------------------------------------------------------------------------------------------
+
+Rotary = tuple[Array, Array]  # cosine and sine, [..., length, head_dim / 2] float32
+
+
+def _frequencies(count: int, theta: float) -> np.ndarray:
+    """[count] float32: theta^(-i / count)."""
+    return (theta ** (-np.arange(count) / count)).astype(np.float32)
+
+
+def text_rotary(positions: Array, section: Sequence[int], theta: float) -> Rotary:
+    """M-RoPE: [..., 3] int32 positions -> cosine and sine [..., head_dim / 2].
+
+    The first section[0] frequencies turn with the time, the next section[1] with the height, the rest with the width.
+    """
+    component = np.repeat(np.arange(3), section)
+    return _turn(positions[..., component], _frequencies(sum(section), theta))
+
+
+def vision_rotary(positions: Array, head_dim: int, theta: float) -> Rotary:
+    """2-D: [..., 2] int32 rows and columns -> cosine and sine [..., head_dim / 2], half the angles for each."""
+    component = np.repeat(np.arange(2), head_dim // 4)
+    return _turn(positions[..., component], np.tile(_frequencies(head_dim // 4, theta), 2))
+
+
+def _turn(positions: Array, frequencies: np.ndarray) -> Rotary:
+    positions = positions.astype(jnp.float32)
+    angles = positions * _row(jnp.asarray(frequencies), positions)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Array, rotary: Rotary) -> Array:
+    """Turns x [rows, heads, length, head_dim] by the angles [rows, length, head_dim / 2], in float32."""
+    cos, sin = (part[:, None] for part in rotary)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# ---- stacks of layers --------------------------------------------------------------------------------------------
+
+
+def stack_layers(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M:
+    """One module whose parameters hold those of `count` layers along a leading axis."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
+
+
+def unstack_layers(layers: M, count: int) -> list[M]:
+    """The single layers of a stack; the gradients come back by one concatenation."""
+    leaves, structure = jax.tree.flatten(layers)
+    split = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
+    return [structure.unflatten([part[i].reshape(part[i].shape[1:]) for part in split]) for i in range(count)]
+
+
+def run_layers(
+    body: Callable[[Any, Array, Any], tuple[Array, Any]],
+    x: Array,
+    layers: nnx.Module,
+    extra: np.ndarray,
+    *,
+    scan: bool,
+    remat: Remat,
+) -> tuple[Array, list[Any]]:
+    """Folds `body(layer, x, extra[i]) -> (x, kept)` over a stack; returns x and what each layer kept.
+
+    `scan` compiles one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves
+    only the input of each layer for the backward pass, "dots" also the products with weights, "none" everything.
+    """
+    if remat == "dots":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+    elif remat == "full":
+        body = jax.checkpoint(body, prevent_cse=not scan)
+    elif remat != "none":
+        raise ValueError(f"remat {remat!r} is none of 'none', 'dots', 'full'")
+    count = len(extra)
+    if scan:
+        x, kept = jax.lax.scan(lambda x, each: body(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))
+        return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(count)]
+    outputs = []
+    for layer, one in zip(unstack_layers(layers, count), extra, strict=True):
+        x, kept = body(layer, x, one)
+        outputs.append(kept)
+    return x, outputs

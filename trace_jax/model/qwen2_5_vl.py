@@ -1,0 +1,159 @@
+"""Qwen2.5-VL: vision encoder, projector and decoder together, with the learned row of <|emb|>."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from trace_jax.config import Lora
+from trace_jax.data.schema import Inputs
+from trace_jax.model.architecture import Architecture
+from trace_jax.model.attention import Backend
+from trace_jax.model.language import Cache, Decoder
+from trace_jax.model.layers import DTypes, Linear, Remat
+from trace_jax.model.projector import Projector
+from trace_jax.model.vision import VisionEncoder
+
+Array = jax.Array
+
+
+class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
+    """The model of TRACE. D is the decoder's hidden size; the other shape letters are in data/schema.py.
+
+    `emb_row` [D] float32 is the learned <|emb|>: it stands in for row `emb_token_id` of the head and of the input
+    embedding. `lora` adapts the decoder's linear layers. `dtype` is what matrix products run in, `param_dtype` what
+    the base is stored in; LoRA, projector and emb_row are stored in float32. Raises ValueError for an emb_token_id
+    outside the vocabulary or unknown LoRA targets.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        lora: Lora | None = None,
+        emb_token_id: int | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        scan_layers: bool = True,
+        remat: Remat = "none",
+        attention: Backend = "xla",
+        rngs: nnx.Rngs,
+    ):
+        language = architecture.language
+        if emb_token_id is not None and not 0 <= emb_token_id < language.vocab_size:
+            raise ValueError(f"emb_token_id {emb_token_id} is outside the vocabulary of {language.vocab_size}")
+        known = Lora().targets
+        if lora is not None and not set(lora.targets) <= set(known):
+            raise ValueError(f"LoRA targets {sorted(set(lora.targets) - set(known))} are none of {known}")
+        dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(param_dtype))
+        run = {"scan_layers": scan_layers, "remat": remat, "backend": attention}
+        self.vision = VisionEncoder(architecture.vision, dtypes=dtypes, rngs=rngs, **run)
+        self.projector = Projector(architecture.vision, dtypes=dtypes, rngs=rngs)
+        self.language = Decoder(language, lora=lora, dtypes=dtypes, rngs=rngs, **run)
+        self.lm_head = (
+            None
+            if language.tie_embeddings
+            else Linear(language.hidden_size, language.vocab_size, dtypes=dtypes, rngs=rngs)
+        )
+        row = 0.02 * jax.random.normal(rngs.params(), (language.hidden_size,), jnp.float32)
+        self.emb_row = None if emb_token_id is None else nnx.Param(row)
+        self.architecture = architecture
+        self.emb_token_id = emb_token_id
+        self.dtype = dtypes.compute
+
+    # ---- states --------------------------------------------------------------------------------------------------
+
+    def visual(self, inputs: Inputs) -> Array:
+        """The images as visual tokens, in the order of the patches: [S, V * P / 4, D] in the compute dtype."""
+        shards, rows, length, _ = inputs.patches.shape
+
+        def flat(x: Array) -> Array:
+            return jnp.asarray(x).reshape(shards * rows, length, *x.shape[3:])
+
+        features = self.vision(
+            flat(inputs.patches),
+            flat(inputs.patch_positions),
+            flat(inputs.image_segments),
+            flat(inputs.window_segments),
+        )
+        return self.projector(features).reshape(shards, -1, self.architecture.language.hidden_size)
+
+    def embed(self, tokens: Array) -> Array:
+        """Input embeddings: [...] int32 -> [..., D] in the compute dtype, <|emb|> from its learned row."""
+        x = self.language.embed_tokens(tokens)
+        if self.emb_row is None:
+            return x
+        row = self.emb_row[...].astype(self.dtype).reshape((1,) * tokens.ndim + (-1,))
+        return jnp.where((tokens == self.emb_token_id)[..., None], row, x)
+
+    def _read(self, inputs: Inputs, visual: Array | None, cache_length: int | None) -> tuple[Array, Cache]:
+        shards, rows, length = inputs.tokens.shape
+        x = self.embed(jnp.asarray(inputs.tokens))
+        if visual is None and inputs.patches.size:
+            visual = self.visual(inputs)
+        if visual is not None and visual.size:
+            index = jnp.asarray(inputs.visual_index).reshape(shards, -1)
+            placed = jax.vmap(lambda images, at: jnp.take(images, at, axis=0, mode="clip"))(visual, index)
+            x = jnp.where((index >= 0).reshape(x.shape[:3])[..., None], placed.reshape(x.shape), x)
+        return self.language(
+            x.reshape(shards * rows, length, -1),
+            jnp.asarray(inputs.segments).reshape(shards * rows, length),
+            jnp.asarray(inputs.positions).reshape(shards * rows, length, 3),
+            cache_length=cache_length,
+        )
+
+    def __call__(self, inputs: Inputs, *, visual: Array | None = None) -> Array:
+        """The last layer's states after the final norm: [S, R, L, D] float32; padding holds finite nonsense.
+
+        `visual` takes the place of `self.visual(inputs)`. Inputs without patches (V = 0) skip the vision encoder.
+        """
+        hidden, _ = self._read(inputs, visual, None)
+        return hidden.reshape(*inputs.tokens.shape, -1)
+
+    # ---- head ----------------------------------------------------------------------------------------------------
+
+    def _base_head(self) -> Array:
+        if self.lm_head is None:
+            return self.language.embed_tokens.embedding[...]
+        return self.lm_head.kernel[...].T
+
+    def head(self) -> Array:
+        """The output rows [vocab, D], in their stored dtype, with the learned row of <|emb|> in place."""
+        head = self._base_head()
+        if self.emb_row is None:
+            return head
+        return head.at[self.emb_token_id].set(self.emb_row[...].astype(head.dtype))
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] float -> [..., vocab] float32, the product in the compute dtype summed in float32."""
+        hidden = hidden.astype(self.dtype)
+
+        def project(row: Array) -> Array:
+            return jnp.einsum("...d,vd->...v", hidden, row.astype(self.dtype), preferred_element_type=jnp.float32)
+
+        logits = project(self._base_head())
+        if self.emb_row is None:
+            return logits
+        return logits.at[..., self.emb_token_id].set(project(self.emb_row[...][None])[..., 0])
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    def prefill(
+        self, inputs: Inputs, cache_length: int, *, visual: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """Reads prompts, one a row, left-aligned (segments 1, then 0), and keeps their keys and values.
+
+        Returns the states [S * R, L, D] float32 and a cache of `cache_length` slots a row. Raises ValueError when
+        the cache is shorter than a row.
+        """
+        if cache_length < inputs.tokens.shape[-1]:
+            raise ValueError(f"a cache of {cache_length} cannot hold rows of {inputs.tokens.shape[-1]} tokens")
+        return self._read(inputs, visual, cache_length)
+
+    def decode(self, cache: Cache, tokens: Array, positions: Array, lengths: Array) -> tuple[Array, Cache]:
+        """Reads one token a row: tokens [rows], positions [rows, 3], lengths [rows] int32: slots filled before it.
+
+        Returns its states [rows, D] float32 and the cache with the token at slot lengths[row].
+        """
+        return self.language.decode(self.embed(tokens), positions, cache, lengths)

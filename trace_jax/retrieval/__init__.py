@@ -1,0 +1,1 @@
+"""Embedding, indexing, searching and measuring with a trained retriever."""

@@ -1,0 +1,90 @@
+"""What a run leaves on disk: files that are whole or absent, marks of what they were made from, wall seconds.
+
+A stage marks a folder (`about.json`) with the key of the checkpoint and the data that it is made from. A folder with
+another mark is stale: it is emptied before anything is written to it, and never read.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+MARK = "about.json"
+
+
+class MissingStageError(RuntimeError):
+    """An earlier stage has not been run, or was run for another checkpoint; the message says which command to run."""
+
+
+def write_bytes(path: epath.Path, data: bytes) -> None:
+    """Writes a file beside its place and renames it: after a kill or on a full disk it is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes JSON, whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: epath.Path) -> Any:
+    """Reads JSON; None when there is no such file, or one that is no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def write_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
+    """Writes an .npz, whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
+    """Reads an .npz. Raises FileNotFoundError, or ValueError when it is damaged."""
+    with np.load(io.BytesIO(path.read_bytes())) as archive:
+        return dict(archive)
+
+
+def key_of(*parts: Any) -> str:
+    """A short digest of JSON-like values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def open_folder(folder: epath.Path, mark: dict[str, Any]) -> bool:
+    """Prepares a folder for files made under `mark`; empties one of another mark. Says whether it was kept."""
+    if read_json(folder / MARK) == mark:
+        return True
+    if folder.exists():
+        folder.rmtree()
+    write_json(folder / MARK, mark)
+    return False
+
+
+@dataclasses.dataclass
+class Stage:
+    """One run of a stage; set `worked` to False when everything was done before."""
+
+    worked: bool = True
+
+
+@contextlib.contextmanager
+def stage(run_dir: str, name: str) -> Iterator[Stage]:
+    """Records the wall seconds of a stage in `<run_dir>/seconds.json`, unless it failed or had nothing to do."""
+    started, running = time.monotonic(), Stage()
+    yield running
+    path = epath.Path(run_dir) / "seconds.json"
+    seconds = read_json(path) or {}
+    if running.worked or name not in seconds:
+        write_json(path, seconds | {name: round(time.monotonic() - started, 1)})

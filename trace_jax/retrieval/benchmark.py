@@ -1,0 +1,210 @@
+"""What a release asks to be measured: its query files, their pools and right answers (M-BEIR's evaluation protocol).
+
+A candidate belongs to several pools but has one did; all of them are numbered once, in the order of their dids, and a
+pool is a list of such rows. "global_test" is the union of the pools that the test queries search, "global_val" likewise.
+"""
+
+import dataclasses
+import difflib
+import functools
+import pathlib
+import re
+
+import numpy as np
+
+from trace_jax.config import Config
+from trace_jax.data.builders import mbeir
+from trace_jax.data.schema import TASKS, Document, Query
+
+SPLITS = ("val", "test")
+_MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
+_DIDS = 10_000_000  # M-BEIR's integer of a did is dataset * 10,000,000 + number
+_FILE = re.compile(r"mbeir_(?P<dataset>\w+)_task(?P<task>\d)_(?P<split>val|test)")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuerySet:
+    """One query file."""
+
+    stem: str  # mbeir_<dataset>_task<t>_<split>
+    dataset: str
+    task_id: int
+    split: str
+    pool: str  # the stem of its local pool
+    trained: bool  # its data set has training queries; otherwise it is an unseen set
+
+    @property
+    def task(self) -> str:
+        """The task's short name: t2i, ..."""
+        return TASKS[self.task_id]
+
+    @property
+    def global_pool(self) -> str:
+        """The union pool of its split."""
+        return f"global_{self.split}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """The queries of a file with what is known of them; n queries, in the file's order."""
+
+    qids: list[str]
+    queries: list[Query]
+    positives: list[frozenset[int]]  # dids as integers; empty where nothing is right
+    complex: np.ndarray  # [n] bool: a trace belongs to it
+    reasonings: list[str]
+    answers: list[str]
+
+    @property
+    def traces(self) -> list[str]:
+        """The true traces, as training writes them; "" for simple queries."""
+        pairs = zip(self.reasonings, self.answers, strict=True)
+        return [f"{reasoning} {answer}".strip() for reasoning, answer in pairs]
+
+
+def did_of(number: int) -> str:
+    """The did of M-BEIR's integer; the inverse of `mbeir.hash_did`."""
+    return f"{number // _DIDS}:{number % _DIDS}"
+
+
+class Benchmark:
+    """The evaluation side of `<root>/<release>`. Raises FileNotFoundError when its records are not built."""
+
+    def __init__(self, config: Config) -> None:
+        self.name = config.data.release
+        self.folder = pathlib.Path(config.data.root) / config.data.release
+        release = self.folder / "release"
+        if not release.is_dir():
+            raise FileNotFoundError(
+                f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first"
+            )
+        self.pools = tuple(sorted(path.stem for path in (release / "cand_pool" / "local").glob("*.jsonl")))
+        self.trained = {
+            path.stem.removeprefix("mbeir_").removesuffix("_train")
+            for path in (release / "query" / "train").glob("*.jsonl")
+        }
+        self.query_sets = tuple(
+            query_set
+            for split in SPLITS
+            for path in sorted((release / "query" / split).glob("*.jsonl"))
+            if (query_set := self._query_set(path.stem)) is not None
+        )
+
+    def _query_set(self, stem: str) -> QuerySet | None:
+        match = _FILE.fullmatch(stem)
+        if match is None:
+            return None
+        dataset, task, split = match["dataset"], int(match["task"]), match["split"]
+        base = f"mbeir_{dataset}_task{task}"  # MSCOCO has a pool for each split
+        pool = next((p for p in (f"{base}_{split}_cand_pool", f"{base}_cand_pool") if p in self.pools), None)
+        if pool is None:
+            raise FileNotFoundError(f"{self.folder}: no pool {base}_cand_pool for the queries {stem}")
+        return QuerySet(stem, dataset, task, split, pool, dataset in self.trained)
+
+    # ---- candidates ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _pool_ids(self) -> dict[str, np.ndarray]:
+        return {pool: self.local_ids(pool) for pool in self.searched_pools}
+
+    @property
+    def searched_pools(self) -> tuple[str, ...]:
+        """The local pools that some query file searches."""
+        return tuple(sorted({query_set.pool for query_set in self.query_sets}))
+
+    @property
+    def all_pools(self) -> tuple[str, ...]:
+        """Every pool that is searched: the local ones, then the global one of each split that has queries."""
+        return self.searched_pools + tuple(sorted({query_set.global_pool for query_set in self.query_sets}))
+
+    def source(self, pool: str) -> mbeir.Source[mbeir.CandidateRecord]:
+        """The records of a local pool, in the file's order."""
+        return mbeir.load_candidates(self.folder, pool)
+
+    def local_ids(self, pool: str) -> np.ndarray:
+        """The dids of a local pool as integers, in the file's order: [n] int64."""
+        return np.fromiter((mbeir.hash_did(did) for did in self.source(pool).keys), np.int64)
+
+    def ids(self, pool: str) -> np.ndarray:
+        """The dids of a local or global pool as integers, ascending, each once: [n] int64.
+
+        Raises ValueError for an unknown pool, with a "did you mean".
+        """
+        if pool in self._pool_ids:
+            return np.unique(self._pool_ids[pool])
+        if pool in self.all_pools:
+            members = {q.pool for q in self.query_sets if q.global_pool == pool}
+            return np.unique(np.concatenate([self._pool_ids[member] for member in sorted(members)]))
+        near = difflib.get_close_matches(pool, self.all_pools, n=3, cutoff=0.3)
+        hint = f" Did you mean {' or '.join(near)}?" if near else f" There are: {', '.join(self.all_pools)}"
+        raise ValueError(f"unknown pool {pool!r}.{hint}")
+
+    @functools.cached_property
+    def candidates(self) -> "Candidates":
+        """All candidates of all searched pools, each once."""
+        return Candidates(self, self.searched_pools)
+
+    # ---- queries -------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _instructions(self) -> dict[tuple[int, str, str], list[str]]:
+        return mbeir.load_instructions(self.folder)
+
+    def instruction(self, task_id: int, dataset_id: int | None = None) -> str:
+        """The first prompt of a task: evaluation is deterministic, where M-BEIR draws one of four.
+
+        `dataset_id` defaults to the first data set that has the task. Raises ValueError when none does.
+        """
+        source, target = (_MODALITIES[side] for side in TASKS[task_id].split("2"))
+        for (dataset, query, candidate), prompts in self._instructions.items():
+            if (query, candidate) == (source, target) and dataset_id in (None, dataset):
+                return prompts[0]
+        raise ValueError(f"{self.folder}: no instruction for {TASKS[task_id]} of data set {dataset_id}")
+
+    def count(self, query_set: QuerySet) -> int:
+        """The number of queries of a file, without reading them."""
+        return len(mbeir.load_queries(self.folder, query_set.stem))
+
+    def load(self, query_set: QuerySet) -> Labelled:
+        """Reads a query file. The positives are those of its qrels; the images stay encoded."""
+        source = mbeir.load_queries(self.folder, query_set.stem)
+        records = [source[row] for row in range(len(source))]
+        qrels = mbeir.load_qrels(
+            self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
+        )
+        task = query_set.task_id
+        return Labelled(
+            qids=[record["qid"] for record in records],
+            queries=[
+                Query(record["query_txt"], record["image"] or None, self.instruction(task, record["dataset_id"]))
+                for record in records
+            ],
+            positives=[frozenset(map(mbeir.hash_did, qrels.get(record["qid"], ()))) for record in records],
+            complex=np.array([record["complex"] for record in records], bool),
+            reasonings=[record["reasoning"] for record in records],
+            answers=[record["answer"] for record in records],
+        )
+
+
+class Candidates:
+    """Random access to the candidates of some pools by row, ascending by did; a did of several pools is one row."""
+
+    def __init__(self, benchmark: Benchmark, pools: tuple[str, ...]) -> None:
+        ids = [benchmark.local_ids(pool) for pool in pools]
+        starts = np.cumsum([0, *map(len, ids)])
+        self.ids, first = np.unique(np.concatenate(ids), return_index=True)  # [n] int64, and where each first occurs
+        self._source = np.searchsorted(starts, first, side="right") - 1
+        self._row = first - starts[self._source]
+        self._sources = [benchmark.source(pool) for pool in pools]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """The rows of dids given as integers, all of which must be there: [n] int64."""
+        return np.searchsorted(self.ids, ids)
+
+    def document(self, row: int) -> Document:
+        """One candidate."""
+        record = self._sources[self._source[row]][int(self._row[row])]
+        return Document(record["txt"], record["image"] or None)

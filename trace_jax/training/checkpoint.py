@@ -1,0 +1,93 @@
+"""Orbax checkpoints: trainable parameters, optimizer state, step (= data position) and what they belong to."""
+
+import dataclasses
+import json
+import logging
+import shutil
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from trace_jax.config import Config, to_json
+from trace_jax.data.schema import tree_bytes
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be saved or read; the message says which and what to do."""
+
+
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of one run, under `<run_dir>/checkpoints`, local or gs://.
+
+    `identity` names the base model and the adapters; a checkpoint of another identity is refused.
+    """
+
+    config: Config
+    identity: str
+
+    def __post_init__(self) -> None:
+        self.folder = epath.Path(self.config.run_dir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=self.config.training.keep, create=True),
+            item_names=("state", "meta"),
+        )
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+        """Writes `state` (a pytree of arrays) as step `step`, in the background unless `wait`.
+
+        Raises CheckpointError when the disk has no room, before anything is written.
+        """
+        if step in self._manager.all_steps():
+            return
+        needed = tree_bytes(state)
+        if "://" not in str(self.folder):
+            free = shutil.disk_usage(self.folder).free
+            if free < 1.2 * needed:
+                raise CheckpointError(
+                    f"no room for checkpoint {step} in {self.folder}: it needs {needed / 1e6:.0f} MB,"
+                    f" {free / 1e6:.0f} MB are free. Make room and run the same command again;"
+                    f" it goes on from step {self._manager.latest_step() or 0}."
+                )
+        meta = {"step": step, "identity": self.identity, "config": to_json(self.config)}
+        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+        if wait:
+            self._manager.wait_until_finished()
+
+    def restore(self, template: Any) -> tuple[int, Any] | None:
+        """The newest readable checkpoint as (step, state), sharded like `template`; None when there is none.
+
+        One that is corrupt or incomplete is passed over with a warning, for the one before it. Raises
+        CheckpointError when none can be read, or when they belong to another model.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                if meta["identity"] != self.identity:
+                    raise CheckpointError(
+                        f"{self.folder}/{step} belongs to another model:\n  saved   {meta['identity']}\n"
+                        f"  running {self.identity}\nChoose another --workdir or delete the folder."
+                    )
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
+                return step, restored["state"]
+            except CheckpointError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                log.warning("checkpoint %s/%d cannot be read (%s); trying the one before it", self.folder, step, reason)
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+        if steps:
+            raise CheckpointError(f"none of the checkpoints {steps} in {self.folder} can be read")
+        return None
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,190 @@
+"""Training, top to bottom: mesh, model, data, state, step, loop.
+
+One program serves the TRACE fine-tuning and the generative pretraining of a small base; the configuration says what is
+trainable and which losses count.
+"""
+
+import hashlib
+import logging
+import pathlib
+import re
+import signal
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+from flax import nnx, traverse_util
+from tqdm import tqdm
+
+from trace_jax import sharding
+from trace_jax.config import Config
+from trace_jax.data.pipeline import training_batches
+from trace_jax.data.schema import Batch
+from trace_jax.data.tokenizer import Processor
+from trace_jax.model import weights
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.training import metrics
+from trace_jax.training.checkpoint import Checkpoints
+from trace_jax.training.losses import Mean, hybrid_loss
+from trace_jax.training.optimizer import make_optimizer, make_schedule
+
+log = logging.getLogger(__name__)
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes."""
+
+    step: jax.Array  # [] int32: steps done, and the data position
+    trainable: Any  # nested dict of parameters
+    opt_state: optax.OptState
+
+
+def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) -> Qwen2_5_VL:
+    """The base of a configuration with fresh adapters and a fresh <|emb|>, read straight into its shards.
+
+    <|emb|> starts as the token that ends a turn, which the base already says when it has nothing more to say.
+    """
+    return weights.load(
+        config.model.base,
+        lora=config.model.lora,
+        emb_token_id=processor.emb,
+        init_emb_from=processor.end,
+        seed=config.training.seed,
+        shardings=lambda path, shape: sharding.sharding_of(path, shape, mesh),
+        dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
+        attention=config.model.attention,
+    )
+
+
+def model_identity(config: Config) -> str:
+    """Names the base (by the hash of its weights' files) and the adapters that a checkpoint belongs to."""
+    digest = hashlib.sha256()
+    for file in sorted(pathlib.Path(config.model.base).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return f"base {config.model.base} {digest.hexdigest()[:16]}, adapters {config.model.lora}, {config.model.trainable}"
+
+
+def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
+    """Splits a model into its graph, and two nested dicts: the parameters that train, and all others.
+
+    Raises ValueError when a pattern matches no parameter.
+    """
+    graph, state = nnx.split(model)
+    flat = dict(nnx.to_flat_state(state))
+    paths = {key: "/".join(map(str, key)) for key in flat}
+    for pattern in trainable:
+        if not any(re.fullmatch(pattern, path) for path in paths.values()):
+            raise ValueError(f"model.trainable: {pattern!r} matches no parameter; there are {sorted(paths.values())}")
+    chosen = {key for key, path in paths.items() if any(re.fullmatch(pattern, path) for pattern in trainable)}
+    parts = [nnx.from_flat_state({k: v for k, v in flat.items() if (k in chosen) == wanted}) for wanted in (True, False)]
+    return graph, nnx.to_pure_dict(parts[0]), nnx.to_pure_dict(parts[1])
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
+) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
+    """The compiled step: (state, frozen, batch) -> (state, metrics). The state keeps its `shardings` and its buffers."""
+
+    def loss_fn(trainable: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
+        model = merge_model(graph, trainable, frozen)
+        hidden = model(batch.inputs)
+        return hybrid_loss(hidden, model.head(), batch, emb, config.loss)
+
+    def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
+        gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        real = batch.inputs.segments > 0
+        measured["tokens"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.ones(()))
+        measured["filled_slots"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.float32(real.size))
+        measured["dropped"] = Mean(jnp.sum(batch.query_index < 0).astype(jnp.float32), jnp.ones(()))
+        measured["gradient_norm"] = Mean(optax.global_norm(gradients), jnp.ones(()))
+        return TrainState(state.step + 1, trainable, opt_state), measured
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def merge_model(graph: nnx.GraphDef, trainable: dict, frozen: dict) -> Qwen2_5_VL:
+    """Puts a split model together again."""
+    flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
+    return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(flat)))
+
+
+def train(config: Config) -> None:
+    """Trains `config` to its last step, going on from the newest good checkpoint of its run directory."""
+    # Devices and model
+    mesh = sharding.make_mesh(config.mesh)
+    shards = sharding.data_shards(mesh)
+    processor = Processor.from_hf(config.model.base, config.data)
+    graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
+
+    # State: new, then overwritten by a checkpoint where there is one
+    optimizer = make_optimizer(config.optimizer, config.training.steps)
+    schedule = make_schedule(config.optimizer, config.training.steps)
+    whole = sharding.replicated(mesh)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: whole,
+    )
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+    state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), trainable, opt_state)
+    checkpoints = Checkpoints(config, model_identity(config))
+    restored = checkpoints.restore(state._asdict())
+    if restored is not None:
+        state = TrainState(**restored[1])
+        log.info("going on from checkpoint %d in %s", restored[0], checkpoints.folder)
+    start, steps = int(state.step), config.training.steps
+    if start >= steps:
+        log.info("%s is already trained (%d steps)", config.run_dir, start)
+        return checkpoints.close()
+
+    # Data
+    pipeline = training_batches(
+        config, processor, shards=shards, host=jax.process_index(), hosts=jax.process_count()
+    )
+    batches = pipeline.from_step(start, config.training.prefetch)
+    log.info("%s", pipeline.capacity)
+    train_step = make_train_step(
+        graph, optimizer, processor.emb, config, jax.tree.map(lambda array: array.sharding, state)
+    )
+
+    # A preemption notice ends the loop after the running step, with a checkpoint
+    stop = []
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+
+    # Loop
+    epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    writer = metrics.MetricLog(config.run_dir, start)
+    saved = time.monotonic()
+    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", dynamic_ncols=True, mininterval=1.0)
+    try:
+        for step in range(start + 1, steps + 1):
+            batch = sharding.to_devices(next(batches), mesh)
+            state, measured = train_step(state, frozen, batch)
+            writer.add(measured)
+            bar.update()
+            if step % config.training.log_every == 0 or step == steps:
+                extra = {"learning_rate": float(schedule(step - 1))}
+                means = writer.write(step, extra, config.data.batch_size)
+                tqdm.write(metrics.describe(step, steps, means))
+            due = time.monotonic() - saved > 60 * config.training.checkpoint_minutes
+            if step % config.training.checkpoint_every == 0 or step == steps or due or stop:
+                checkpoints.save(step, state._asdict(), wait=bool(stop))
+                saved = time.monotonic()
+            if stop:
+                raise SystemExit(f"stopped at step {step} with a checkpoint; the same command goes on from there")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        bar.close()
+        writer.close()
+        checkpoints.close()
