@@ -58,9 +58,7 @@ def sequence(seed: int, words: int, images: Sequence[tuple[int, int]] = ()) -> T
         pieces += [[START], [IMAGE] * len(image.slots), [END], rng.integers(1, 140, words)]
     tokens = np.concatenate(pieces).astype(np.int32)
     is_visual = tokens == IMAGE
-    return Tokens(
-        tokens, rope_positions(is_visual, [image.grid for image in patches]), tuple(patches), is_visual
-    )
+    return Tokens(tokens, rope_positions(is_visual, [image.grid for image in patches]), tuple(patches), is_visual)
 
 
 SEQUENCES = (

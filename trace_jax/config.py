@@ -169,7 +169,9 @@ def load_config(name: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
     config: Config = module.config
     if config.name != name:
         raise SystemExit(f"configs/{name}.py holds a config named {config.name!r}; the names must agree")
-    return tyro.cli(Config, default=config, args=list(overrides), prog=f"train.py {name}")
+    return tyro.cli(
+        Config, default=config, args=list(overrides), prog=f"train.py {name}", config=(tyro.conf.AvoidSubcommands,)
+    )
 
 
 def from_command_line(arguments: Sequence[str], default: str = DEFAULT) -> Config:

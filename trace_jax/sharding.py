@@ -9,7 +9,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from trace_jax import config
 
@@ -20,8 +21,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"language/embed_tokens/embedding", P("tensor", "fsdp")),
     (r"lm_head/kernel", P("fsdp", "tensor")),
     (r"emb_row", P()),
-    (r"(vision/blocks|language/layers)/.*norm\w*/(scale|bias)", P()),
-    (r"(vision/merger|projector|vision|language)/(norm|ln_q)/(scale|bias)", P()),
+    (r"(vision/blocks|language/layers)/\w*norm\w*/scale", P()),
+    (r"(projector/ln_q|language/norm)/scale", P()),
     (r"vision/patch_embed/kernel", P("fsdp", "tensor")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/bias", P(None, "tensor")),
@@ -49,10 +50,10 @@ def make_mesh(axes: config.Mesh, devices: list[jax.Device] | None = None) -> jax
         known = int(np.prod([size for size in shape if size != -1]))
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices) or min(shape) < 1:
-        raise ValueError(f"mesh data={axes.data} fsdp={axes.fsdp} tensor={axes.tensor} does not fit {len(devices)} devices")
-    return jax.make_mesh(
-        tuple(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+        raise ValueError(
+            f"mesh data={axes.data} fsdp={axes.fsdp} tensor={axes.tensor} does not fit {len(devices)} devices"
+        )
+    return jax.make_mesh(tuple(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def data_shards(mesh: jax.sharding.Mesh) -> int:

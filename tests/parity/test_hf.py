@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -142,8 +143,8 @@ def test_newer_key_names_are_read(folder, tmp_path):
 
     renamed = {}
     for key, value in load_file(folder / "model.safetensors").items():
-        key = key.replace("model.", "model.language_model.") if key.startswith("model.") else key
-        renamed[f"model.{key}" if key.startswith("visual.") else key] = value
+        newer = re.sub(r"^model\.", "model.language_model.", key)
+        renamed[re.sub(r"^visual\.", "model.visual.", newer)] = value
     save_file(renamed, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     expected = weights.flat_parameters(weights.load(folder))

@@ -152,9 +152,7 @@ class Architecture:
                     rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1000000.0))),
                     norm_eps=text["rms_norm_eps"],
                     max_positions=text.get("max_position_embeddings", 128000),
-                    tie_embeddings=bool(
-                        config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)
-                    ),
+                    tie_embeddings=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings", False)),
                 ),
                 image_token_id=config["image_token_id"],
                 video_token_id=config["video_token_id"],

@@ -37,7 +37,7 @@ class SelfAttention(nnx.Module):
 
     def __init__(
         self, architecture: LanguageArchitecture, *, lora: Lora | None, dtypes: DTypes, rngs: nnx.Rngs
-    ):
+    ) -> None:
         def linear(name: str, in_features: int, out_features: int, bias: bool) -> Linear:
             adapter = lora_for(lora, name)
             return Linear(in_features, out_features, bias=bias, lora=adapter, dtypes=dtypes, rngs=rngs)
@@ -65,7 +65,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(
         self, architecture: LanguageArchitecture, *, lora: Lora | None, dtypes: DTypes, rngs: nnx.Rngs
-    ):
+    ) -> None:
         def norm() -> RMSNorm:
             return RMSNorm(
                 architecture.hidden_size,
@@ -90,7 +90,7 @@ class DecoderLayer(nnx.Module):
 class Embedding(nnx.Module):
     """`embedding` [vocab, features]."""
 
-    def __init__(self, count: int, features: int, *, dtypes: DTypes, rngs: nnx.Rngs):
+    def __init__(self, count: int, features: int, *, dtypes: DTypes, rngs: nnx.Rngs) -> None:
         values = 0.02 * jax.random.normal(rngs.params(), (count, features), jnp.float32)
         self.embedding = nnx.Param(values.astype(dtypes.params))
         self.dtype = dtypes.compute
@@ -113,10 +113,8 @@ class Decoder(nnx.Module):
         remat: Remat,
         backend: Backend,
         rngs: nnx.Rngs,
-    ):
-        self.embed_tokens = Embedding(
-            architecture.vocab_size, architecture.hidden_size, dtypes=dtypes, rngs=rngs
-        )
+    ) -> None:
+        self.embed_tokens = Embedding(architecture.vocab_size, architecture.hidden_size, dtypes=dtypes, rngs=rngs)
         self.layers = stack_layers(
             lambda keys: DecoderLayer(architecture, lora=lora, dtypes=dtypes, rngs=keys),
             architecture.num_layers,
@@ -144,9 +142,7 @@ class Decoder(nnx.Module):
         rotary = self._rotary(positions)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
-            y = attention(
-                q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.backend
-            )
+            y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.backend)
             if cache_length is None:
                 return y, None
             room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))

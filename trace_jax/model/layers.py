@@ -26,8 +26,8 @@ M = TypeVar("M", bound=nnx.Module)
 class DTypes:
     """What matrix products run in, and what the base's parameters are stored in."""
 
-    compute: jnp.dtype = jnp.dtype(jnp.float32)
-    params: jnp.dtype = jnp.dtype(jnp.float32)
+    compute: jnp.dtype
+    params: jnp.dtype
 
 
 class Linear(nnx.Module):
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         lora: Lora | None = None,
         dtypes: DTypes,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         if lora is not None and lora.dropout:
             raise ValueError(f"LoRA dropout {lora.dropout} is not implemented; set it to 0")
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), dtypes.params)
@@ -80,7 +80,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, computed in float32; `scale` [features]."""
 
-    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any):
+    def __init__(self, features: int, *, eps: float, dtype: Any, param_dtype: Any) -> None:
         self.scale = nnx.Param(jnp.ones((features,), param_dtype))
         self.eps = eps
         self.dtype = dtype
@@ -97,7 +97,7 @@ class SwiGLU(nnx.Module):
 
     def __init__(
         self, features: int, hidden: int, *, bias: bool, lora: Lora | None = None, dtypes: DTypes, rngs: nnx.Rngs
-    ):
+    ) -> None:
         def linear(name: str, in_features: int, out_features: int) -> Linear:
             adapter = lora_for(lora, name)
             return Linear(in_features, out_features, bias=bias, lora=adapter, dtypes=dtypes, rngs=rngs)

@@ -16,7 +16,7 @@ Array = jax.Array
 class Projector(nnx.Module):
     """Norm, concatenation of a unit's patches, two linear layers around an exact GELU; float32 parameters."""
 
-    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs):
+    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs) -> None:
         dtypes = dataclasses.replace(dtypes, params=jnp.dtype(jnp.float32))
         merged = architecture.hidden_size * architecture.merge_unit
         size = architecture.hidden_size

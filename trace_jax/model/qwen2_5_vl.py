@@ -39,7 +39,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         remat: Remat = "none",
         attention: Backend = "xla",
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         language = architecture.language
         if emb_token_id is not None and not 0 <= emb_token_id < language.vocab_size:
             raise ValueError(f"emb_token_id {emb_token_id} is outside the vocabulary of {language.vocab_size}")
@@ -139,9 +139,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    def prefill(
-        self, inputs: Inputs, cache_length: int, *, visual: Array | None = None
-    ) -> tuple[Array, Cache]:
+    def prefill(self, inputs: Inputs, cache_length: int, *, visual: Array | None = None) -> tuple[Array, Cache]:
         """Reads prompts, one a row, left-aligned (segments 1, then 0), and keeps their keys and values.
 
         Returns the states [S * R, L, D] float32 and a cache of `cache_length` slots a row. Raises ValueError when

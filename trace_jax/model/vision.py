@@ -27,7 +27,7 @@ NORM_EPS = 1e-6  # fixed by the reference, not in config.json
 class VisionAttention(nnx.Module):
     """Multi-head attention with one fused projection and 2-D rotary embeddings."""
 
-    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs):
+    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs) -> None:
         size = architecture.hidden_size
         self.qkv = Linear(size, 3 * size, bias=True, dtypes=dtypes, rngs=rngs)
         self.proj = Linear(size, size, bias=True, dtypes=dtypes, rngs=rngs)
@@ -45,7 +45,7 @@ class VisionAttention(nnx.Module):
 class VisionBlock(nnx.Module):
     """Pre-norm attention and SwiGLU."""
 
-    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs):
+    def __init__(self, architecture: VisionArchitecture, *, dtypes: DTypes, rngs: nnx.Rngs) -> None:
         size = architecture.hidden_size
         self.norm1 = RMSNorm(size, eps=NORM_EPS, dtype=dtypes.compute, param_dtype=dtypes.params)
         self.attn = VisionAttention(architecture, dtypes=dtypes, rngs=rngs)
@@ -70,7 +70,7 @@ class VisionEncoder(nnx.Module):
         remat: Remat,
         backend: Backend,
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.patch_embed = Linear(architecture.patch_dim, architecture.hidden_size, dtypes=dtypes, rngs=rngs)
         self.blocks = stack_layers(
             lambda keys: VisionBlock(architecture, dtypes=dtypes, rngs=keys), architecture.depth, rngs
@@ -80,9 +80,7 @@ class VisionEncoder(nnx.Module):
         self.remat = remat
         self.backend = backend
 
-    def __call__(
-        self, patches: Array, positions: Array, image_segments: Array, window_segments: Array
-    ) -> Array:
+    def __call__(self, patches: Array, positions: Array, image_segments: Array, window_segments: Array) -> Array:
         """[rows, P, patch_dim] float32, [rows, P, 2], [rows, P], [rows, P] int32 -> [rows, P, hidden].
 
         Padding (segment 0) gives finite values that mean nothing.

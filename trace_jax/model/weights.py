@@ -88,7 +88,7 @@ def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -
 class Checkpoint:
     """The safetensors of a folder, sharded or not, by the hub's names."""
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | pathlib.Path) -> None:
         folder = pathlib.Path(folder)
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
@@ -175,9 +175,7 @@ def load(
     architecture = architecture or Architecture.from_hf(folder)
 
     def make() -> Qwen2_5_VL:
-        return Qwen2_5_VL(
-            architecture, lora=lora, emb_token_id=emb_token_id, rngs=nnx.Rngs(seed), **options
-        )
+        return Qwen2_5_VL(architecture, lora=lora, emb_token_id=emb_token_id, rngs=nnx.Rngs(seed), **options)
 
     model = nnx.eval_shape(make)
     abstract = flat_parameters(model)
@@ -217,16 +215,15 @@ def merged_parameters(model: Qwen2_5_VL) -> dict[str, jax.Array]:
     """The parameters as a plain Qwen2.5-VL has them: LoRA added into its kernels, emb_row put into its rows."""
     leaves = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
     merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(("lora_a", "lora_b", "emb_row"))}
-    layers = model.language.layers
-    for path in leaves:
-        if path.endswith("/lora_a"):
-            module = path.removesuffix("/lora_a")
-            scale = getattr(getattr(layers, module.split("/")[-2]), module.split("/")[-1]).scale
-            delta = jnp.einsum(
-                "lir,lro->lio", leaves[path], leaves[f"{module}/lora_b"], precision=jax.lax.Precision.HIGHEST
-            )
-            kernel = leaves[f"{module}/kernel"]
-            merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
+    for path, lora_a in leaves.items():
+        module, _, leaf = path.rpartition("/")
+        if leaf != "lora_a":
+            continue
+        block, name = module.split("/")[-2:]
+        scale = getattr(getattr(model.language.layers, block), name).scale
+        lora_b, kernel = leaves[f"{module}/lora_b"], leaves[f"{module}/kernel"]
+        delta = jnp.einsum("lir,lro->lio", lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+        merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
     if model.emb_token_id is not None:
         embedding = merged["language/embed_tokens/embedding"]
         row = leaves["emb_row"].astype(embedding.dtype)

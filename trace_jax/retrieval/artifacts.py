@@ -1,7 +1,8 @@
-"""What a run leaves on disk: files that are whole or absent, marks of what they were made from, wall seconds.
+"""What a run leaves on disk: files that are whole or absent, marks of what they were made from, wall
+seconds.
 
-A stage marks a folder (`about.json`) with the key of the checkpoint and the data that it is made from. A folder with
-another mark is stale: it is emptied before anything is written to it, and never read.
+A stage marks a folder (`about.json`) with the key of the checkpoint and the data that it is made from. A
+folder with another mark is stale: it is emptied before anything is written to it, and never read.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ MARK = "about.json"
 
 
 class MissingStageError(RuntimeError):
-    """An earlier stage has not been run, or was run for another checkpoint; the message says which command to run."""
+    """An earlier stage has not been run, or for another checkpoint; the message says which command to run."""
 
 
 def write_bytes(path: epath.Path, data: bytes) -> None:
@@ -47,7 +48,7 @@ def read_json(path: epath.Path) -> Any:
 def write_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
     """Writes an .npz, whole or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     write_bytes(path, buffer.getvalue())
 
 
@@ -63,7 +64,7 @@ def key_of(*parts: Any) -> str:
 
 
 def open_folder(folder: epath.Path, mark: dict[str, Any]) -> bool:
-    """Prepares a folder for files made under `mark`; empties one of another mark. Says whether it was kept."""
+    """Prepares a folder for files made under `mark`, emptying one of another; says whether it was kept."""
     if read_json(folder / MARK) == mark:
         return True
     if folder.exists():
@@ -81,7 +82,7 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(run_dir: str, name: str) -> Iterator[Stage]:
-    """Records the wall seconds of a stage in `<run_dir>/seconds.json`, unless it failed or had nothing to do."""
+    """Records a stage's wall seconds in `<run_dir>/seconds.json`, unless it failed or had nothing to do."""
     started, running = time.monotonic(), Stage()
     yield running
     path = epath.Path(run_dir) / "seconds.json"

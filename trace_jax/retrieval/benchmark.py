@@ -1,7 +1,9 @@
-"""What a release asks to be measured: its query files, their pools and right answers (M-BEIR's evaluation protocol).
+"""What a release asks to be measured: its query files, their pools and right answers (M-BEIR's evaluation
+protocol).
 
-A candidate belongs to several pools but has one did; all of them are numbered once, in the order of their dids, and a
-pool is a list of such rows. "global_test" is the union of the pools that the test queries search, "global_val" likewise.
+A candidate belongs to several pools but has one did; all of them are numbered once, in the order of their
+dids, and a pool is a list of such rows. "global_test" is the union of the pools that the test queries
+search, "global_val" likewise.
 """
 
 import dataclasses
@@ -75,9 +77,7 @@ class Benchmark:
         self.folder = pathlib.Path(config.data.root) / config.data.release
         release = self.folder / "release"
         if not release.is_dir():
-            raise FileNotFoundError(
-                f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first"
-            )
+            raise FileNotFoundError(f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first")
         self.pools = tuple(sorted(path.stem for path in (release / "cand_pool" / "local").glob("*.jsonl")))
         self.trained = {
             path.stem.removeprefix("mbeir_").removesuffix("_train")
@@ -101,7 +101,7 @@ class Benchmark:
             raise FileNotFoundError(f"{self.folder}: no pool {base}_cand_pool for the queries {stem}")
         return QuerySet(stem, dataset, task, split, pool, dataset in self.trained)
 
-    # ---- candidates ----------------------------------------------------------------------------------------------
+    # ---- candidates --------------------------------------------------------------------------------------
 
     @functools.cached_property
     def _pool_ids(self) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ class Benchmark:
         """All candidates of all searched pools, each once."""
         return Candidates(self, self.searched_pools)
 
-    # ---- queries -------------------------------------------------------------------------------------------------
+    # ---- queries -----------------------------------------------------------------------------------------
 
     @functools.cached_property
     def _instructions(self) -> dict[tuple[int, str, str], list[str]]:
@@ -169,9 +169,7 @@ class Benchmark:
         """Reads a query file. The positives are those of its qrels; the images stay encoded."""
         source = mbeir.load_queries(self.folder, query_set.stem)
         records = [source[row] for row in range(len(source))]
-        qrels = mbeir.load_qrels(
-            self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
-        )
+        qrels = mbeir.load_qrels(self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt")
         task = query_set.task_id
         return Labelled(
             qids=[record["qid"] for record in records],
@@ -187,7 +185,7 @@ class Benchmark:
 
 
 class Candidates:
-    """Random access to the candidates of some pools by row, ascending by did; a did of several pools is one row."""
+    """The candidates of some pools by row, ascending by did; a did of several pools is one row."""
 
     def __init__(self, benchmark: Benchmark, pools: tuple[str, ...]) -> None:
         ids = [benchmark.local_ids(pool) for pool in pools]

@@ -1,8 +1,9 @@
 """From queries and documents to vectors: one model, one processor, and the checkpoint that they come from.
 
-Documents, and queries whose trace is given, are packed many to a row and read once (paper Sec. 3.1: candidates never
-reason). Queries go through generation, one prompt a row. The shapes are few and static; results come back in the order
-of the input, and do not depend on what else is in the batch beyond the noise of float arithmetic.
+Documents, and queries whose trace is given, are packed many to a row and read once (paper Sec. 3.1:
+candidates never reason). Queries go through generation, one prompt a row. The shapes are few and static;
+results come back in the order of the input, and do not depend on what else is in the batch beyond the noise
+of float arithmetic.
 """
 
 import collections
@@ -10,10 +11,9 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -25,15 +25,14 @@ from trace_jax.data.schema import Document, Inputs, Query
 from trace_jax.data.tokenizer import Processor, append
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.artifacts import MissingStageError, key_of
-from trace_jax.retrieval.generation import Mode, generate
-from trace_jax.training.checkpoint import Checkpoints
+from trace_jax.retrieval.generation import Generation, Mode, generate
 from trace_jax.training.losses import normalize, take_states
-from trace_jax.training.optimizer import make_optimizer
-from trace_jax.training.train import TrainState, load_model, merge_model, model_identity, split_model
+from trace_jax.training.train import load_model, model_identity, restore_model
 
 log = logging.getLogger(__name__)
 
 SLACK = 1.04  # room of a packed batch above what a sample needs
+WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +63,29 @@ class Retriever:
     """
 
     def __init__(
-        self, model: Qwen2_5_VL, processor: Processor, config: Config, mesh: jax.sharding.Mesh, *, step: int, identity: str
+        self,
+        model: Qwen2_5_VL,
+        processor: Processor,
+        config: Config,
+        mesh: jax.sharding.Mesh,
+        *,
+        step: int,
+        identity: str,
     ) -> None:
         self.model, self.processor, self.config, self.mesh = model, processor, config, mesh
         self.step, self.identity = step, identity
         data, runs = config.data, config.model
         self.key = key_of(
-            identity, step, data.prompts, data.max_text_tokens, data.min_pixels, data.max_pixels, runs.dtype, runs.param_dtype
+            identity,
+            step,
+            data.prompts,
+            data.max_text_tokens,
+            data.min_pixels,
+            data.max_pixels,
+            runs.dtype,
+            runs.param_dtype,
         )
+        self.width = model.architecture.language.hidden_size  # D
         self._shards = sharding.data_shards(mesh)
         self._warm: set[tuple] = set()
 
@@ -79,54 +93,58 @@ class Retriever:
     def load(cls, config: Config, *, untrained: bool = False) -> "Retriever":
         """The base of `config` with the newest good checkpoint of its run, or alone when `untrained`.
 
-        Raises MissingStageError when the run has no checkpoint, CheckpointError when none of them can be read or they
-        belong to another model.
+        Raises MissingStageError when the run has no checkpoint, CheckpointError when none of them can be
+        read or they belong to another model.
         """
         folder = epath.Path(config.run_dir) / "checkpoints"
         if not untrained and not (folder.exists() and any(path.name.isdigit() for path in folder.iterdir())):
             raise MissingStageError(
-                f"no checkpoint in {folder}: run `make quickstart` (or `python launch/train.py {config.name}`) first"
+                f"no checkpoint in {folder}: run `make quickstart` (or launch/train.py {config.name}) first"
             )
         mesh = sharding.make_mesh(config.mesh)
         processor = Processor.from_hf(config.model.base, config.data)
-        model, step, identity = load_model(config, processor, mesh), 0, model_identity(config)
-        if not untrained:
-            graph, trainable, frozen = split_model(model, config.model.trainable)
-            optimizer = make_optimizer(config.optimizer, config.training.steps)
-            start = jax.device_put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-            template = TrainState(start, trainable, jax.jit(optimizer.init)(trainable))
-            checkpoints = Checkpoints(config, identity)
-            restored = checkpoints.restore(template._asdict())
-            checkpoints.close()
-            if restored is None:
-                raise MissingStageError(f"no checkpoint in {folder}: run `make quickstart` first")
-            step = restored[0]
-            if step < config.training.steps:
-                log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
-            model = merge_model(graph, restored[1]["trainable"], frozen)
+        identity = model_identity(config)
+        if untrained:
+            return cls(load_model(config, processor, mesh), processor, config, mesh, step=0, identity=identity)
+        restored = restore_model(config, processor, mesh)
+        if restored is None:
+            raise MissingStageError(f"no checkpoint in {folder}: run `make quickstart` first")
+        step, model = restored
+        if step < config.training.steps:
+            log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
 
-    # ---- documents, and queries whose trace is given -----------------------------------------------------------------
+    # ---- documents, and queries whose trace is given -----------------------------------------------------
 
     def encode_documents(
-        self, documents: Sequence[Document], *, rooms: dict[bool, Room] | None = None, cut: bool = True
+        self,
+        documents: Sequence[Document],
+        *,
+        names: Sequence[str] | None = None,
+        rooms: dict[bool, Room] | None = None,
+        cut: bool = True,
     ) -> np.ndarray:
         """Documents as vectors: [n, D] float32, L2-normalised, in the order given.
 
-        `rooms` (from `rooms_for` a sample) keeps the shapes of a long job the same from call to call. A text over
-        `data.max_text_tokens` is cut, or refused with TextTooLongError when `cut` is False. Raises ValueError for an
-        image that cannot be read.
+        `rooms` (from `rooms_for` a sample) keeps the shapes of a long job the same from call to call. A
+        text over `data.max_text_tokens` is cut, or refused with TextTooLongError when `cut` is False.
+        Raises ValueError for an image that cannot be read, naming it as in `names`.
         """
-        return self._encode_packed([self.processor.document(document, cut=cut) for document in documents], rooms)
+
+        def tokenize(i: int) -> Tokens:
+            return self.processor.document(documents[i], names[i] if names else "", cut=cut)
+
+        return self._encode_packed(len(documents), tokenize, rooms)
 
     def encode_queries_with_traces(self, queries: Sequence[Query], traces: Sequence[str]) -> np.ndarray:
-        """Queries that are handed their traces ("" for none): [n, D] float32. With true traces, the ceiling."""
+        """Queries that are handed their traces ("" for none): [n, D] float32; with true ones, the ceiling."""
         limit = self.config.data.max_trace_tokens
-        sequences = [
-            append(self.processor.query(query), self.processor.encode(trace)[:limit] if trace else [])
-            for query, trace in zip(queries, traces, strict=True)
-        ]
-        return self._encode_packed(sequences)
+
+        def tokenize(i: int) -> Tokens:
+            trace = self.processor.encode(traces[i])[:limit] if traces[i] else []
+            return append(self.processor.query(queries[i]), trace)
+
+        return self._encode_packed(len(queries), tokenize)
 
     def rooms_for(self, documents: Sequence[Document]) -> dict[bool, Room]:
         """Static shapes that fit a sample of documents: those without images, and those with."""
@@ -148,11 +166,19 @@ class Retriever:
             rooms[visual] = Room(count, math.ceil(rows * SLACK), math.ceil(patch_rows * SLACK))
         return rooms
 
-    def _encode_packed(self, sequences: Sequence[Tokens], rooms: dict[bool, Room] | None = None) -> np.ndarray:
-        """The normalised state of each sequence's last token, which predicts <|emb|>: [n, D] float32."""
-        rooms = self._rooms_for(sequences) | (rooms or {})
-        width = self.model.architecture.language.hidden_size
-        out = np.empty((len(sequences), width), np.float32)
+    def _encode_packed(
+        self, count: int, tokenize: Callable[[int], Tokens], rooms: dict[bool, Room] | None = None
+    ) -> np.ndarray:
+        """The normalised state of each sequence's last token, which predicts <|emb|>: [count, D] float32."""
+        parts = [np.empty((0, self.width), np.float32)]
+        for first in range(0, count, WINDOW):
+            sequences = [tokenize(i) for i in range(first, min(first + WINDOW, count))]
+            rooms = self._rooms_for(sequences) | (rooms or {})
+            parts.append(self._encode_window(sequences, rooms))
+        return np.concatenate(parts)
+
+    def _encode_window(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> np.ndarray:
+        out = np.empty((len(sequences), self.width), np.float32)
         waiting: list[tuple[list[list[int]], jax.Array]] = []
         for visual, room in rooms.items():
             chosen = [i for i, sequence in enumerate(sequences) if bool(sequence.images) == visual]
@@ -173,9 +199,7 @@ class Retriever:
                 out[members] = fetched[shard, : len(members)]
         return out
 
-    def _hands(
-        self, sequences: Sequence[Tokens], chosen: list[int], room: Room
-    ) -> Iterator[tuple[list[int], Packed]]:
+    def _hands(self, sequences: Sequence[Tokens], chosen: list[int], room: Room) -> Iterator[tuple[list[int], Packed]]:
         """Deals sequences to shards, in order; one that finds no room in a shard comes first in the next."""
         pending = collections.deque(chosen)
         while pending:
@@ -197,48 +221,69 @@ class Retriever:
             pad_token=self.processor.pad,
         )
 
-    # ---- queries ---------------------------------------------------------------------------------------------------
+    # ---- queries -----------------------------------------------------------------------------------------
 
     def encode_queries(
-        self, queries: Sequence[Query], mode: Mode | None = None, *, cut: bool = True, timed: bool = False
+        self,
+        queries: Sequence[Query],
+        mode: Mode | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        cut: bool = True,
+        timed: bool = False,
     ) -> QueryResults:
         """Reasons where the model chooses to (or never, or always: `mode`), then embeds; see QueryResults.
 
-        `timed` runs the first batch of every shape once beforehand, so that `seconds` holds no compilation. `cut` and
-        errors as in `encode_documents`.
+        `timed` runs the first batch of every shape once beforehand, so that `seconds` holds no compilation.
+        `names`, `cut` and errors as in `encode_documents`.
         """
-        mode, limit = mode or self.config.evaluation.mode, self.config.evaluation.max_trace_tokens
-        started = time.perf_counter()
-        sequences = [self.processor.query(query, cut=cut) for query in queries]
+        mode, names = mode or self.config.evaluation.mode, names or [""] * len(queries)
+        windows = [slice(first, first + WINDOW) for first in range(0, max(len(queries), 1), WINDOW)]
+        parts = [self._encode_queries(queries[at], names[at], mode, cut, timed) for at in windows]
+        joined = ("embeddings", "trace_tokens", "reasoned", "capped")
+        return QueryResults(
+            traces=[trace for part in parts for trace in part.traces],
+            seconds=sum(part.seconds for part in parts),
+            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in joined},
+        )
+
+    def _encode_queries(
+        self, queries: Sequence[Query], names: Sequence[str], mode: Mode, cut: bool, timed: bool
+    ) -> QueryResults:
+        count, started = len(queries), time.perf_counter()
+        sequences = [self.processor.query(query, name, cut=cut) for query, name in zip(queries, names, strict=True)]
         seconds = time.perf_counter() - started
-        width = self.model.architecture.language.hidden_size
-        embeddings = np.empty((len(queries), width), np.float32)
-        tokens: list[list[int]] = [[] for _ in queries]
-        reasoned, capped = np.zeros(len(queries), bool), np.zeros(len(queries), bool)
-        size = min(self.config.evaluation.batch_size, _power_of_two(len(queries)))
+        embeddings = np.empty((count, self.width), np.float32)
+        traces, lengths = [""] * count, np.zeros(count, np.int32)
+        reasoned, capped = np.zeros(count, bool), np.zeros(count, bool)
+        size = min(self.config.evaluation.batch_size, _power_of_two(count))
         size = math.ceil(size / self._shards) * self._shards
         for members in _batches(sequences, size):
             started = time.perf_counter()
             filled = members + members[:1] * (size - len(members))
             inputs = sharding.to_devices(self._one_a_row([sequences[i] for i in filled]), self.mesh)
-            signature = (mode, limit, inputs.tokens.shape, inputs.patches.shape)
+            begun, result = time.perf_counter(), self._generate(inputs, mode)
+            deciding = _power_of_two(int(result.reasoned.sum()))  # generation has a shape for so many rows
+            signature = (mode, inputs.tokens.shape, inputs.patches.shape, deciding)
             if timed and signature not in self._warm:
-                jax.block_until_ready(self._generate(inputs, limit, mode))
-                started = time.perf_counter()
-            self._warm.add(signature)
-            result = self._generate(inputs, limit, mode)
-            embeddings[members] = np.asarray(result.embeddings)[: len(members)]
-            reasoned[members] = np.asarray(result.reasoned)[: len(members)]
-            capped[members] = np.asarray(result.capped)[: len(members)]
-            for i, row, length in zip(members, result.tokens, result.lengths, strict=False):
-                tokens[i] = [int(token) for token in row[:length]]
+                self._warm.add(signature)
+                started += time.perf_counter() - begun
+                result = self._generate(inputs, mode)
+            real = slice(len(members))
+            embeddings[members] = result.embeddings[real]
+            reasoned[members], capped[members] = result.reasoned[real], result.capped[real]
+            for i, trace in zip(members, result.traces(), strict=False):
+                traces[i], lengths[i] = self.processor.decode(trace).strip(), len(trace)
             seconds += time.perf_counter() - started
-        traces = [self.processor.decode(trace).strip() for trace in tokens]
-        lengths = np.array([len(trace) for trace in tokens], np.int32)
         return QueryResults(embeddings, traces, lengths, reasoned, capped, seconds)
 
+    def _generate(self, inputs: Inputs, mode: Mode) -> Generation:
+        limit = self.config.evaluation.max_trace_tokens
+        ends = {"emb_token_id": self.processor.emb, "end_token_id": self.processor.end}
+        return generate(self.model, inputs, max_new_tokens=limit, mode=mode, **ends)
+
     def _one_a_row(self, sequences: Sequence[Tokens]) -> Inputs:
-        """Prompts of one kind, left-aligned, dealt to the shards in order; lengths rounded up to a few sizes."""
+        """Prompts of one kind, left-aligned, dealt to the shards in order; few different lengths."""
         length = _rounded(max(len(sequence) for sequence in sequences))
         patches = max((len(image.values) for s in sequences for image in s.images), default=0)
         patches = _rounded(patches) if patches else 0
@@ -263,12 +308,12 @@ class Retriever:
 
 @jax.jit
 def _read(model: Qwen2_5_VL, inputs: Inputs, index: jax.Array) -> jax.Array:
-    """The normalised states at flat slots `index` [S, N] (negative: any) of packed rows: [S, N, D] float32."""
+    """The normalised states at flat slots `index` [S, N] (negative: any) of packed rows: [S, N, D]."""
     return normalize(take_states(model(inputs), index))
 
 
 def _batches(sequences: Sequence[Tokens], size: int) -> Iterator[list[int]]:
-    """Indices, `size` at a time, those without images first, then by patches and length; never both kinds in one."""
+    """Indices, `size` at a time: those without images, then those with, each by patches and length."""
 
     def order(i: int) -> tuple[int, int, int]:
         return sum(len(image.values) for image in sequences[i].images), len(sequences[i]), i

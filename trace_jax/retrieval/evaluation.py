@@ -1,7 +1,9 @@
-"""Recall and what explains it: routing, traces, the ceiling with true traces, speed (paper Sec. 4.2, 4.5, Table 2).
+"""Recall and what explains it: routing, traces, the ceiling with true traces, speed (paper Sec. 4.2, 4.5,
+Table 2).
 
-Recall@k is UniIR's: 1 if any right answer is among the first k, else 0; a query without right answers counts 0. What
-costs time, the encoding of a query file in one mode, is kept under `<run_dir>/queries/`; all else is made anew from it.
+Recall@k is UniIR's: 1 if any right answer is among the first k, else 0; a query without right answers
+counts 0. What costs time, the encoding of a query file in one mode, is kept under `<run_dir>/queries/`; all
+else is made anew from it.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ MODES = ("adaptive", "direct", "always", "given")
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
 
-# ---- measures ----------------------------------------------------------------------------------------------------
+# ---- measures --------------------------------------------------------------------------------------------
 
 
 def hits_at(found: np.ndarray, positives: Sequence[frozenset[int]], k: int) -> np.ndarray:
@@ -43,7 +45,7 @@ def recalls(found: np.ndarray, positives: Sequence[frozenset[int]], ks: Sequence
 
 
 def is_right(trace: str, answer: str) -> bool:
-    """Whether a trace ends with the answer as its last clause; case, spaces and the final full stop do not count."""
+    """Whether a trace ends with the answer as a clause; case, spaces and the final stop do not count."""
     written, wanted = _plain(trace), _plain(answer)
     return bool(wanted) and re.search(rf"(^|[.?!:;] ){re.escape(wanted)}$", written) is not None
 
@@ -56,7 +58,7 @@ def _percent(values: np.ndarray) -> float:
     return round(100 * float(np.mean(values)), 2) if len(values) else 0.0
 
 
-# ---- encoding, kept on disk ----------------------------------------------------------------------------------------
+# ---- encoding, kept on disk ------------------------------------------------------------------------------
 
 
 def results_path(config: Config, query_set: QuerySet, mode: EvaluationMode) -> epath.Path:
@@ -70,8 +72,8 @@ def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key:
         arrays = artifacts.read_arrays(results_path(config, query_set, mode))
         if str(arrays.pop("key")) != key:
             return None
-        arrays["traces"], arrays["seconds"] = arrays["traces"].tolist(), float(arrays["seconds"])
-        return QueryResults(**arrays)
+        traces, seconds = arrays.pop("traces").tolist(), float(arrays.pop("seconds"))
+        return QueryResults(traces=traces, seconds=seconds, **arrays)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -88,21 +90,21 @@ def encode(
             vectors, labelled.traces, np.array(lengths, np.int32), has_trace, np.zeros(count, bool), 0.0
         )
     else:
-        results = retriever.encode_queries(labelled.queries, mode, timed=True)
+        results = retriever.encode_queries(labelled.queries, mode, names=labelled.qids, timed=True)
     artifacts.write_arrays(
         results_path(config, query_set, mode),
-        key=np.array(_key(config, retriever)),
+        key=np.array(queries_key(config, retriever)),
         **{field.name: np.asarray(getattr(results, field.name)) for field in dataclasses.fields(results)},
     )
     return results
 
 
-def _key(config: Config, retriever: Retriever) -> str:
+def queries_key(config: Config, retriever: Retriever) -> str:
     """What encoded queries depend on: the retriever, and how long a trace may be."""
     return artifacts.key_of(retriever.key, config.evaluation.max_trace_tokens, config.data.max_trace_tokens)
 
 
-# ---- one query file ------------------------------------------------------------------------------------------------
+# ---- one query file --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ class Searcher:
     def search(
         self, query_set: QuerySet, mode: EvaluationMode, pool: str, qids: Sequence[str], results: QueryResults
     ) -> np.ndarray:
-        """The dids found in a pool, as integers, best first: [n, k] int64. Writes a run file as UniIR does."""
+        """The dids found in a pool, as integers, best first: [n, k] int64. Writes UniIR's run file."""
         k = max(self.config.evaluation.neighbours, *self.config.evaluation.ks)
         index = self.index(pool)
         rows, scores = index.search(results.embeddings, k)
@@ -161,7 +163,7 @@ def run_file(config: Config, query_set: QuerySet, mode: EvaluationMode, kind: st
 def measure(
     searcher: Searcher, query_set: QuerySet, labelled: Labelled, results: dict[EvaluationMode, QueryResults]
 ) -> dict[str, Any]:
-    """All figures of a query file. `results` holds every mode that was run; the first is the one that counts."""
+    """All figures of a query file; of the modes in `results`, the first is the one that counts."""
     config, main = searcher.config, next(iter(results))
     ks, complex_ = config.evaluation.ks, labelled.complex
     only_complex = [right for right, is_complex in zip(labelled.positives, complex_, strict=True) if is_complex]
@@ -205,37 +207,36 @@ def measure(
     }
 
 
-# ---- the whole release ---------------------------------------------------------------------------------------------
+# ---- the whole release -----------------------------------------------------------------------------------
 
 
 def evaluate(
     config: Config, retriever: Retriever, benchmark: Benchmark, modes: Sequence[Mode] = ()
 ) -> tuple[dict[str, Any], int]:
-    """Measures a retriever on every query file of a release; writes `<run_dir>/metrics.json` and the run files.
+    """Measures a retriever on every query file of a release; writes `<run_dir>/metrics.json` and the run
+    files.
 
-    `modes` are run besides `config.evaluation.mode`, whose figures are the ones that count. Returns the metrics and the
-    number of queries that had to be encoded. Raises MissingStageError when indexes are missing or of another checkpoint.
+    `modes` are run besides `config.evaluation.mode`, whose figures are the ones that count. Returns the
+    metrics and the number of queries that had to be encoded. Raises MissingStageError when indexes are
+    missing or of another checkpoint.
     """
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
-    searcher, key = Searcher(config, benchmark, retriever.key), _key(config, retriever)
+    searcher, key = Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
     for pool in benchmark.all_pools:
         searcher.index(pool)
     entries: dict[QuerySet, dict[str, Any]] = {}
     routed: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    encoded = 0
-    with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=_work(benchmark, run)) as bar:
+    encoded, total = 0, len(run) * sum(benchmark.count(query_set) for query_set in benchmark.query_sets)
+    with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=total) as bar:
         for query_set in benchmark.query_sets:
             labelled = benchmark.load(query_set)
-            wanted = [*run[:1], "given"] if query_set.split == "val" else [*run, "given"]
-            if not labelled.complex.any():
-                wanted.remove("given")
+            wanted: list[EvaluationMode] = [*run, "given"] if labelled.complex.any() else run
             results: dict[EvaluationMode, QueryResults] = {}
             for mode in wanted:
                 bar.set_postfix_str(f"{query_set.dataset} {query_set.task} {query_set.split} {mode}", refresh=False)
-                results[mode] = load_results(config, query_set, mode, key)
-                if results[mode] is None:
-                    results[mode] = encode(config, retriever, query_set, mode, labelled)
-                    encoded += len(labelled.qids)
+                kept = load_results(config, query_set, mode, key)
+                encoded += 0 if kept else len(labelled.qids)
+                results[mode] = kept or encode(config, retriever, query_set, mode, labelled)
                 bar.update(len(labelled.qids) if mode != "given" else 0)
             entries[query_set] = measure(searcher, query_set, labelled, results)
             for pool in {query_set.pool, query_set.global_pool} - set(searcher.checked):
@@ -288,7 +289,11 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
         "config": config.name,
         "release": config.data.release,
         "mode": config.evaluation.mode,
-        "checkpoint": {"step": retriever.step, "identity": retriever.identity, "key": retriever.key},
+        "checkpoint": {
+            "step": retriever.step,
+            "identity": retriever.identity,
+            "queries_key": queries_key(config, retriever),
+        },
         "average": average("local"),
         "average_global": average("global"),
         "average_by_mode": {mode: average("local", mode) for mode in modes},
@@ -299,7 +304,7 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
 
 
 def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One entry for a task that several data sets share: counts are summed, all else is the plain mean (M-BEIR's)."""
+    """One entry for a task that several data sets share: counts are summed, all else is the plain mean."""
     if len(entries) == 1:
         return dict(entries[0])
     counts = ("queries", "complex_queries", "local_pool", "written")
@@ -318,8 +323,19 @@ def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {name: join(name, [entry[name] for entry in entries]) for name in entries[0]}
 
 
-def _work(benchmark: Benchmark, modes: Sequence[EvaluationMode]) -> int:
-    """Queries to encode, over all files and modes, for the progress bar."""
-    return sum(
-        benchmark.count(query_set) * (1 if query_set.split == "val" else len(modes)) for query_set in benchmark.query_sets
+def describe(metrics: dict[str, Any]) -> str:
+    """The figures in a few lines."""
+    lines = [f"{'':8}{'queries':>8}{'pool':>8}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'global R@5':>12}{'reasoned':>10}"]
+    for task, entry in metrics["tasks"].items():
+        local = "".join(f"{entry['local'].get(k, 0):8.1f}" for k in ("R@1", "R@5", "R@10"))
+        lines.append(
+            f"{task:8}{entry['queries']:8,}{entry['local_pool']:8,}{local}{entry['global']['R@5']:12.1f}"
+            f"{entry['reasoned_fraction']:10.2f}"
+        )
+    routing = metrics["routing"]
+    lines.append(f"mean R@5 {metrics['average']} local, {metrics['average_global']} global")
+    lines.append(
+        f"{routing['simple_direct']} % of simple queries emit <|emb|> first,"
+        f" {routing['complex_reasoned']} % of complex ones reason first"
     )
+    return "\n".join(lines)

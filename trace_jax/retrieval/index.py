@@ -1,8 +1,9 @@
-"""Nearest neighbours by inner product: a ScaNN index for each pool, and exact search in JAX as its reference.
+"""Nearest neighbours by inner product: a ScaNN index for each pool, and exact search in JAX as its
+reference.
 
-How an index is made follows ScaNN's own guidance (google-research/scann/docs/algorithms.md): brute force below 20,000
-candidates, asymmetric hashing and rescoring below 100,000, and a tree with about sqrt(n) leaves in front of them above.
-Equal scores are ranked by did everywhere.
+How an index is made follows ScaNN's own guidance (google-research/scann/docs/algorithms.md): brute force
+below 20,000 candidates, asymmetric hashing and rescoring below 100,000, and a tree with about sqrt(n)
+leaves in front of them above. Equal scores are ranked by did everywhere.
 """
 
 import functools
@@ -11,6 +12,7 @@ import math
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,18 +34,18 @@ MARGIN = 16  # neighbours fetched beyond k, so that ties at the edge are broken 
 class SearchIndex:
     """The ScaNN index of one pool: n candidates, D features. Made by `build` or `load`."""
 
-    def __init__(self, searcher: scann_ops_pybind.ScannSearcher, ids: np.ndarray, about: dict) -> None:
+    def __init__(self, searcher: Any, ids: np.ndarray, about: dict[str, Any]) -> None:
         self._searcher = searcher
         self.ids = ids  # [n] int64: dids as integers, ascending
         self.about = about
 
     @classmethod
     def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "") -> "SearchIndex":
-        """Indexes vectors [n, D] float32 of candidates `ids` [n] int64, ascending. Raises ValueError for none."""
+        """Indexes vectors [n, D] float32 of dids `ids` [n] int64, ascending. Raises ValueError for none."""
         if not len(ids):
             raise ValueError("a pool without candidates cannot be searched")
         started, kind = time.perf_counter(), kind_for(len(ids))
-        builder = scann_ops_pybind.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
+        builder: Any = scann_ops_pybind.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
         if kind == "tree":
             leaves = round(math.sqrt(len(ids)))
             builder = builder.tree(
@@ -75,7 +77,7 @@ class SearchIndex:
 
     @classmethod
     def load(cls, folder: epath.Path, *, key: str | None = None) -> "SearchIndex":
-        """Reads an index. Raises MissingStageError when there is none, or one of a checkpoint other than `key`."""
+        """Reads an index. Raises MissingStageError for none, or one of a checkpoint other than `key`."""
         about = artifacts.read_json(folder / artifacts.MARK)
         if about is None:
             raise artifacts.MissingStageError(
@@ -83,7 +85,7 @@ class SearchIndex:
             )
         if key is not None and about["key"] != key:
             raise artifacts.MissingStageError(
-                f"the index in {folder} was made with another checkpoint: run launch/embed.py and launch/build_index.py"
+                f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
             )
         ids = artifacts.read_arrays(folder / "ids.npz")["ids"]
         if "://" not in str(folder):
@@ -96,7 +98,8 @@ class SearchIndex:
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The min(k, n) best rows for queries [q, D] float32: rows [q, k] int64 and scores [q, k] float32.
 
-        Best first, equal scores by row. Where an approximate index finds fewer, the row is -1 and the score -inf.
+        Best first, equal scores by row. Where an approximate index finds fewer, the row is -1 and the score
+        -inf.
         """
         k = min(k, len(self.ids))
         wanted = min(k + MARGIN, len(self.ids))
@@ -117,10 +120,15 @@ def kind_for(candidates: int) -> str:
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _merge_best(
-    queries: jax.Array, part: jax.Array, first: jax.Array, count: jax.Array, best: tuple[jax.Array, jax.Array], k: int
+def _merge_best(  # noqa: PLR0917
+    queries: jax.Array,
+    part: jax.Array,
+    first: jax.Array,
+    count: jax.Array,
+    best: tuple[jax.Array, jax.Array],
+    k: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges the best so far (scores [q, k], rows [q, k]) with the rows `first` ... of a part, of which `count` are real."""
+    """Merges the best so far (scores, rows [q, k]) with `count` real rows of a part, from row `first` on."""
     scores = jnp.einsum("qd,nd->qn", queries, part, precision=jax.lax.Precision.HIGHEST)
     here = jnp.arange(part.shape[0], dtype=jnp.int32)
     scores = jnp.where((here < count)[None], scores, -jnp.inf)
@@ -133,7 +141,8 @@ def _merge_best(
 def exact_search(
     queries: np.ndarray, candidates: np.ndarray, k: int, *, chunk: int = 65_536, query_chunk: int = 2_048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The reference: the min(k, n) best of candidates [n, D] for queries [q, D], float32, in chunks of both.
+    """The reference: the min(k, n) best of candidates [n, D] for queries [q, D], float32, in chunks of
+    both.
 
     Returns rows [q, k] int64 and scores [q, k] float32, best first, equal scores by row.
     """
@@ -144,12 +153,12 @@ def exact_search(
         return np.concatenate(rows), np.concatenate(scores)
     k, chunk = min(k, len(candidates)), min(chunk, len(candidates))
     best = (jnp.full((len(queries), k), -jnp.inf, jnp.float32), jnp.full((len(queries), k), -1, jnp.int32))
-    queries = jnp.asarray(queries, jnp.float32)
+    asked = jnp.asarray(queries, jnp.float32)
     for first in range(0, len(candidates), chunk):
         part = np.asarray(candidates[first : first + chunk], np.float32)
         count = len(part)
         part = np.pad(part, ((0, chunk - count), (0, 0)))
-        best = _merge_best(queries, part, jnp.int32(first), jnp.int32(count), best, k)
+        best = _merge_best(asked, part, jnp.int32(first), jnp.int32(count), best, k)
     return np.asarray(best[1]).astype(np.int64), np.asarray(best[0])
 
 
@@ -165,7 +174,7 @@ def index_folder(config: Config, benchmark: Benchmark, pool: str) -> epath.Path:
 
 
 def build_indexes(config: Config, benchmark: Benchmark) -> int:
-    """Builds the index of every pool whose vectors are new; returns how many. Raises MissingStageError without vectors."""
+    """Indexes all pools whose vectors are new; returns how many. Raises MissingStageError without vectors."""
     store, built = CandidateVectors(config, benchmark), 0
     for pool in tqdm(benchmark.all_pools, desc="indexing", unit="pool", dynamic_ncols=True):
         ids = benchmark.ids(pool)

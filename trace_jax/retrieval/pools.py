@@ -1,7 +1,8 @@
 """The candidates' vectors on disk: made once for each did, in shards that survive a kill.
 
-`<run_dir>/embeddings/<release>/00012.npy` holds rows 12*512 ... of `Benchmark.candidates`, [<=512, D] float32. The mark
-of the folder names the checkpoint and the candidates; under another mark everything is made anew.
+`<run_dir>/embeddings/<release>/00012.npy` holds rows 12*512 ... of `Benchmark.candidates`, [<=512, D]
+float32. The mark of the folder names the checkpoint and the candidates; under another mark everything is
+made anew.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.benchmark import Benchmark, did_of
 from trace_jax.retrieval.embedder import Retriever
 
 SHARD = 512  # candidates of a file, and what is decoded at once
@@ -29,13 +30,13 @@ class CandidateVectors:
         self.shards = -(-len(self.candidates) // SHARD)
         self._digest = hashlib.sha256(self.candidates.ids.tobytes()).hexdigest()[:16]
 
-    def mark(self, key: str) -> dict[str, object]:
+    def mark(self, key: str | None) -> dict[str, object]:
         """What the folder says of itself when a retriever of this key wrote it."""
         return {"key": key, "candidates": len(self.candidates), "dids": self._digest}
 
     @property
     def key(self) -> str | None:
-        """The key of the retriever whose vectors these are; None when there are none, or of other candidates."""
+        """The key of the retriever that made these; None when there are none, or of other candidates."""
         key = (artifacts.read_json(self.folder / artifacts.MARK) or {}).get("key")
         return key if artifacts.read_json(self.folder / artifacts.MARK) == self.mark(key) else None
 
@@ -60,7 +61,7 @@ class CandidateVectors:
         """
         if self.key is None or self.missing():
             raise artifacts.MissingStageError(
-                f"the candidates in {self.folder} are not all embedded: run `make quickstart` (or launch/embed.py) first"
+                f"the candidates in {self.folder} are not all embedded: run `make quickstart` first"
             )
         parts = []
         bounds = np.searchsorted(rows, np.arange(self.shards + 1) * SHARD)
@@ -73,7 +74,8 @@ class CandidateVectors:
 def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark) -> int:
     """Embeds what is not embedded yet of all pools of a release; returns how many candidates that were.
 
-    The shapes are chosen from a sample of all candidates, so that a job that was stopped gives the same vectors.
+    The shapes are chosen from a sample of all candidates, so that a job that was stopped gives the same
+    vectors.
     """
     store = CandidateVectors(config, benchmark)
     artifacts.open_folder(store.folder, store.mark(retriever.key))
@@ -85,11 +87,12 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
     done = total - sum(_size(shard, total) for shard in missing)
     with tqdm(total=total, initial=done, desc="embedding", unit="candidate", dynamic_ncols=True) as bar:
         for shard in missing:
-            documents = [store.candidates.document(shard * SHARD + i) for i in range(_size(shard, total))]
-            store.write(shard, retriever.encode_documents(documents, rooms=rooms))
+            rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
+            documents = [store.candidates.document(row) for row in rows]
+            names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
+            store.write(shard, retriever.encode_documents(documents, names=names, rooms=rooms))
             bar.update(len(documents))
     return total - done
-
 
 
 def _size(shard: int, total: int) -> int:

@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from typing import Any
 
 import jax
@@ -18,21 +19,44 @@ import transformers
 from flax import nnx
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from trace_jax.config import Config
+from trace_jax import sharding
+from trace_jax.config import ROOT, Config
 from trace_jax.data import instructions
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.training.checkpoint import CheckpointError
+from trace_jax.training.metrics import read_metrics
+from trace_jax.training.train import restore_model
 
 VOCABULARY = 2048  # rows of the embedding; the last few are spare, <|emb|> takes the first of them
 BPE_TOKENS = 2016
 # Qwen2.5-VL's added tokens, in its order; the first fourteen are special.
-ADDED_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>"
-    " <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-    " <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
+ADDED_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+]
 SPECIAL = 14
 # Qwen's pre-tokenisation: contractions, words with the space before them, single digits, punctuation, line ends.
 SPLIT = (
@@ -92,9 +116,11 @@ def training_texts(release: pathlib.Path) -> Iterator[str]:
             for line in lines:
                 record = json.loads(line)
                 yield from (instructions.format_string(record[field]) for field in fields if record[field])
-    prompts = [line.split("\t")[4:] for line in (release / "instructions" / "query_instructions.tsv").read_text().splitlines()]
+    prompts = [
+        line.split("\t")[4:] for line in (release / "instructions" / "query_instructions.tsv").read_text().splitlines()
+    ]
     turns = [instructions.assistant_prompt(style) for style in ("paper", "short")]
-    for turn in [*turns, "Query.", "Document.", "system\n", "user\n", "assistant\n", *sum(prompts[1:], [])]:
+    for turn in [*turns, "Query.", "Document.", "system\n", "user\n", "assistant\n", *chain.from_iterable(prompts[1:])]:
         yield from [turn] * 500  # said in every sequence: they shall be whole tokens
 
 
@@ -116,7 +142,9 @@ def train_tokenizer(release: pathlib.Path) -> transformers.PreTrainedTokenizerFa
         show_progress=False,
     )
     tokenizer.train_from_iterator(training_texts(release), trainer)
-    tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False, special=True) for t in ADDED_TOKENS[:SPECIAL]])
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(t, normalized=False, special=True) for t in ADDED_TOKENS[:SPECIAL]]
+    )
     tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ADDED_TOKENS[SPECIAL:]])
     return transformers.Qwen2TokenizerFast(
         tokenizer_object=tokenizer,
@@ -178,3 +206,54 @@ def make_start(config: Config) -> None:
     model = Qwen2_5_VL(Architecture.from_hf(partial), rngs=nnx.Rngs(config.training.seed))
     weights.save(model, partial)
     partial.rename(folder)
+
+
+def export(config: Config, folder: pathlib.Path = ROOT / "trace_jax" / "assets" / "emoji_base") -> None:
+    """Writes the trained base as a Hugging Face folder with its model card, in bfloat16."""
+    processor = Processor.from_hf(config.model.base, config.data)
+    restored = restore_model(config, processor, sharding.make_mesh(config.mesh))
+    if restored is None:
+        raise CheckpointError(f"no checkpoint of {config.name} in {config.run_dir}")
+    step, model = restored
+    graph, state = nnx.split(model)
+    state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(config.model.base, partial, ignore=shutil.ignore_patterns("*.safetensors"))
+    weights.save(nnx.merge(graph, state), partial)
+    (partial / "README.md").write_text(model_card(config, step))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def model_card(config: Config, step: int) -> str:
+    """README.md of the exported folder: what it is, its data, steps, time and losses, as the run logged them."""
+    rows = read_metrics(config.run_dir)
+    examples = config.data.batch_size * step
+    between = [(b["step"] - a["step"]) * config.data.batch_size / b["examples_per_second"] for a, b in pairwise(rows)]
+    curve = "\n".join(
+        f"| {row['step']} | {row['loss']:.3f} | {row['token_accuracy']:.3f} |"
+        for row in rows[:: max(1, len(rows) // 10)] + rows[-1:]
+    )
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+# emoji_base
+
+The embedded base model of trace_jax: a Qwen2.5-VL (windowed and full vision blocks, patch merger, M-RoPE, grouped-query
+attention, SwiGLU) of about five million parameters that describes emoji of 56x56 pixels, says what an edit of one would
+give, and knows the capital, continent and currency of the countries whose flags it has seen. It is the starting point
+of `python launch/train.py emoji_tiny`, and of no other use.
+
+- Data: the generative corpus of the release `{config.data.release}`, train split alone. The drawings are Twemoji
+  (c) Twitter, Inc and other contributors, CC BY 4.0, and OpenMoji, CC BY-SA 4.0; names Unicode License v3; country
+  facts GeoNames, CC BY 4.0.
+- Training: {step} steps of {config.data.batch_size} examples ({examples:,} in all), every parameter, AdamW, peak
+  learning rate {config.optimizer.learning_rate}; about {sum(between) / 3600:.1f} hours on two CPU cores.
+- Rebuild: `make base`.
+
+| step | loss (cross-entropy) | token accuracy |
+|---|---|---|
+{curve}
+"""

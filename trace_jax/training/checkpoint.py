@@ -1,4 +1,7 @@
-"""Orbax checkpoints: trainable parameters, optimizer state, step (= data position) and what they belong to."""
+"""Orbax checkpoints: trainable parameters, optimizer state, step (= data position) and what they belong to.
+
+The items are stored apart, so that inference reads the trainable parameters alone.
+"""
 
 import dataclasses
 import json
@@ -35,17 +38,17 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=self.config.training.keep, create=True),
-            item_names=("state", "meta"),
+            item_names=("trainable", "optimizer", "meta"),
         )
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
-        """Writes `state` (a pytree of arrays) as step `step`, in the background unless `wait`.
+    def save(self, step: int, trainable: Any, optimizer: Any, *, wait: bool = False) -> None:
+        """Writes two pytrees of arrays as step `step`, in the background unless `wait`.
 
         Raises CheckpointError when the disk has no room, before anything is written.
         """
         if step in self._manager.all_steps():
             return
-        needed = tree_bytes(state)
+        needed = tree_bytes((trainable, optimizer))
         if "://" not in str(self.folder):
             free = shutil.disk_usage(self.folder).free
             if free < 1.2 * needed:
@@ -55,12 +58,19 @@ class Checkpoints:
                     f" it goes on from step {self._manager.latest_step() or 0}."
                 )
         meta = {"step": step, "identity": self.identity, "config": to_json(self.config)}
-        self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)))
+        items = {
+            "trainable": ocp.args.StandardSave(trainable),
+            "optimizer": ocp.args.StandardSave(optimizer),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**items))
         if wait:
             self._manager.wait_until_finished()
 
-    def restore(self, template: Any) -> tuple[int, Any] | None:
-        """The newest readable checkpoint as (step, state), sharded like `template`; None when there is none.
+    def restore(self, **templates: Any) -> tuple[int, dict[str, Any]] | None:
+        """The newest readable checkpoint as (step, items); None when there is none.
+
+        `templates` holds the items wanted, "trainable" or both, as pytrees to be shaped and sharded like.
 
         One that is corrupt or incomplete is passed over with a warning, for the one before it. Raises
         CheckpointError when none can be read, or when they belong to another model.
@@ -74,9 +84,11 @@ class Checkpoints:
                         f"{self.folder}/{step} belongs to another model:\n  saved   {meta['identity']}\n"
                         f"  running {self.identity}\nChoose another --workdir or delete the folder."
                     )
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-                return step, restored["state"]
+                wanted = {
+                    name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, template))
+                    for name, template in templates.items()
+                }
+                return step, dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items())
             except CheckpointError:
                 raise
             except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -22,8 +22,13 @@ class Mean(NamedTuple):
     count: jax.Array
 
     def value(self) -> jax.Array:
-        """total / count, 0 where nothing was counted."""
+        """The total over the count; 0 where nothing was counted."""
         return self.total / jnp.maximum(self.count, 1)
+
+
+def share(chosen: jax.Array, weight: jax.Array) -> Mean:
+    """The weighted share of what is chosen, [...] bool, of what `weight`, [...] float32, counts."""
+    return Mean(jnp.sum(jnp.where(chosen, weight, 0.0)), jnp.sum(weight))
 
 
 def take_states(hidden: jax.Array, index: jax.Array) -> jax.Array:
@@ -48,7 +53,7 @@ def token_cross_entropy(
     with its weight, and which tokens the argmax gets right, [S, T] bool. Logits are made again in the backward pass,
     so [S, T, vocabulary] never exists.
     """
-    shards, count, width = states.shape
+    shards, count, _ = states.shape
     chunk = min(chunk, count)
 
     @jax.checkpoint
@@ -92,9 +97,8 @@ def info_nce(
     scores = jnp.where(own | (valid[None, :] & ~known), scores, MASKED)
     own_score = jnp.diagonal(scores)
     losses = jax.nn.logsumexp(scores, axis=1) - own_score
-    first = own_score >= jnp.max(scores, axis=1)
     weight = valid.astype(jnp.float32)
-    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), Mean(jnp.sum(first * weight), jnp.sum(weight))
+    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own_score >= jnp.max(scores, axis=1), weight)
 
 
 def hybrid_loss(
@@ -111,13 +115,13 @@ def hybrid_loss(
     )
     metrics = {
         "loss_gen": generation,
-        "token_accuracy": Mean(jnp.sum(correct * batch.target_weight), generation.count),
+        "token_accuracy": share(correct, batch.target_weight),
     }
     loss = options.generation * generation.value()
     if options.retrieval:
         valid = (batch.query_index >= 0) & (batch.document_index >= 0)
-        query_states = take_states(hidden, batch.query_index)
-        queries, documents = normalize(query_states), normalize(take_states(hidden, batch.document_index))
+        queries = normalize(take_states(hidden, batch.query_index))
+        documents = normalize(take_states(hidden, batch.document_index))
         width = queries.shape[-1]
         retrieval, recall = info_nce(
             queries.reshape(-1, width),
@@ -130,14 +134,14 @@ def hybrid_loss(
         loss = loss + options.retrieval * retrieval.value()
         emits = _emits_first(hidden, head, batch, emb)
         weight = valid.astype(jnp.float32)
-        simple = weight * ~batch.reasoned
+        cosine = jnp.einsum("sbd,d->sb", queries, normalize(head[emb]))
         metrics |= {
             "loss_ret": retrieval,
             "recall_in_batch": recall,
-            "emb_first": Mean(jnp.sum(emits * weight), jnp.sum(weight)),
-            "routing_accuracy": Mean(jnp.sum((emits != batch.reasoned) * weight), jnp.sum(weight)),
-            "simple_fraction": Mean(jnp.sum(simple), jnp.sum(weight)),
-            "emb_cosine": Mean(jnp.sum((queries @ normalize(head[emb])) * weight), jnp.sum(weight)),
+            "emb_first": share(emits, weight),
+            "routing_accuracy": share(emits != batch.reasoned, weight),
+            "simple_fraction": share(~batch.reasoned, weight),
+            "emb_cosine": Mean(jnp.sum(cosine * weight), jnp.sum(weight)),
         }
     return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
 

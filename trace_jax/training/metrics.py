@@ -25,11 +25,13 @@ class MetricLog:
         self._last = (time.perf_counter(), start_step)
 
     def add(self, metrics: dict[str, Mean]) -> None:
-        """Keeps one step's metrics, on the device."""
+        """Keeps one step's metrics, on the device, and waits until those of the step before are there."""
+        if self._sums:
+            jax.block_until_ready(self._sums[-1])
         self._sums.append(metrics)
 
     def write(self, step: int, extra: dict[str, float], examples: int) -> dict[str, float]:
-        """Means since the last call; `examples` is the number of pairs of a step. Raises on a loss that is no number."""
+        """Means since the last call; `examples` counts the pairs of a step. Raises on a loss that is no number."""
         summed = jax.device_get(jax.tree.map(lambda *parts: sum(parts), *self._sums))
         means: dict[str, float] = {name: float(mean.value()) for name, mean in summed.items()}
         self._sums = []

@@ -36,9 +36,8 @@ log = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
-    """Everything that training changes."""
+    """Everything that training changes; the optimizer's count is the step."""
 
-    step: jax.Array  # [] int32: steps done, and the data position
     trainable: Any  # nested dict of parameters
     opt_state: optax.OptState
 
@@ -83,14 +82,16 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
         if not any(re.fullmatch(pattern, path) for path in paths.values()):
             raise ValueError(f"model.trainable: {pattern!r} matches no parameter; there are {sorted(paths.values())}")
     chosen = {key for key, path in paths.items() if any(re.fullmatch(pattern, path) for pattern in trainable)}
-    parts = [nnx.from_flat_state({k: v for k, v in flat.items() if (k in chosen) == wanted}) for wanted in (True, False)]
+    parts = [
+        nnx.from_flat_state({k: v for k, v in flat.items() if (k in chosen) == wanted}) for wanted in (True, False)
+    ]
     return graph, nnx.to_pure_dict(parts[0]), nnx.to_pure_dict(parts[1])
 
 
 def make_train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
-    """The compiled step: (state, frozen, batch) -> (state, metrics). The state keeps its `shardings` and its buffers."""
+    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers."""
 
     def loss_fn(trainable: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
         model = merge_model(graph, trainable, frozen)
@@ -99,14 +100,15 @@ def make_train_step(
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer count with floats
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         real = batch.inputs.segments > 0
         measured["tokens"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.ones(()))
         measured["filled_slots"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.float32(real.size))
         measured["dropped"] = Mean(jnp.sum(batch.query_index < 0).astype(jnp.float32), jnp.ones(()))
         measured["gradient_norm"] = Mean(optax.global_norm(gradients), jnp.ones(()))
-        return TrainState(state.step + 1, trainable, opt_state), measured
+        return TrainState(trainable, opt_state), measured
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
@@ -115,6 +117,15 @@ def merge_model(graph: nnx.GraphDef, trainable: dict, frozen: dict) -> Qwen2_5_V
     """Puts a split model together again."""
     flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(flat)))
+
+
+def restore_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) -> tuple[int, Qwen2_5_VL] | None:
+    """The newest good checkpoint of a run as (step, model), without its optimizer; None when there is none."""
+    graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
+    checkpoints = Checkpoints(config, model_identity(config))
+    restored = checkpoints.restore(trainable=trainable)
+    checkpoints.close()
+    return None if restored is None else (restored[0], merge_model(graph, restored[1]["trainable"], frozen))
 
 
 def train(config: Config) -> None:
@@ -137,21 +148,20 @@ def train(config: Config) -> None:
         transform_non_params=lambda _: whole,
     )
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
-    state = TrainState(jax.device_put(jnp.zeros((), jnp.int32), whole), trainable, opt_state)
     checkpoints = Checkpoints(config, model_identity(config))
-    restored = checkpoints.restore(state._asdict())
+    restored = checkpoints.restore(trainable=trainable, optimizer=opt_state)
+    start, steps = 0, config.training.steps
     if restored is not None:
-        state = TrainState(**restored[1])
-        log.info("going on from checkpoint %d in %s", restored[0], checkpoints.folder)
-    start, steps = int(state.step), config.training.steps
+        start, items = restored
+        trainable, opt_state = items["trainable"], items["optimizer"]
+        log.info("going on from checkpoint %d in %s", start, checkpoints.folder)
+    state = TrainState(trainable, opt_state)
     if start >= steps:
         log.info("%s is already trained (%d steps)", config.run_dir, start)
         return checkpoints.close()
 
     # Data
-    pipeline = training_batches(
-        config, processor, shards=shards, host=jax.process_index(), hosts=jax.process_count()
-    )
+    pipeline = training_batches(config, processor, shards=shards, host=jax.process_index(), hosts=jax.process_count())
     batches = pipeline.from_step(start, config.training.prefetch)
     log.info("%s", pipeline.capacity)
     train_step = make_train_step(
@@ -171,7 +181,7 @@ def train(config: Config) -> None:
         for step in range(start + 1, steps + 1):
             batch = sharding.to_devices(next(batches), mesh)
             state, measured = train_step(state, frozen, batch)
-            writer.add(measured)
+            writer.add(measured)  # waits for the step before: the device has work, a stop is never far
             bar.update()
             if step % config.training.log_every == 0 or step == steps:
                 extra = {"learning_rate": float(schedule(step - 1))}
@@ -179,7 +189,7 @@ def train(config: Config) -> None:
                 tqdm.write(metrics.describe(step, steps, means))
             due = time.monotonic() - saved > 60 * config.training.checkpoint_minutes
             if step % config.training.checkpoint_every == 0 or step == steps or due or stop:
-                checkpoints.save(step, state._asdict(), wait=bool(stop))
+                checkpoints.save(step, state.trainable, state.opt_state, wait=bool(stop))
                 saved = time.monotonic()
             if stop:
                 raise SystemExit(f"stopped at step {step} with a checkpoint; the same command goes on from there")

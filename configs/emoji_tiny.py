@@ -1,0 +1,33 @@
+"""The default: the embedded base becomes a TRACE retriever on the embedded data, in minutes on two cores.
+
+make quickstart, or: python launch/train.py
+"""
+
+from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Model, Optimizer, Training
+
+config = Config(
+    name="emoji_tiny",
+    workdir="runs/quickstart",
+    model=Model(
+        lora=Lora(rank=32, alpha=64.0),
+        dtype="float32",
+        param_dtype="float32",
+        scan_layers=False,
+        remat="none",
+    ),
+    data=Data(
+        release="emoji_small",
+        prompts="short",
+        batch_size=96,
+        row_length=128,
+        patch_row_length=64,
+        min_pixels=14 * 14,
+        max_pixels=56 * 56,
+        max_text_tokens=64,
+        max_trace_tokens=48,
+    ),
+    loss=Loss(vocabulary_chunk=256),
+    optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
+    training=Training(steps=280, log_every=10, checkpoint_every=40),
+    evaluation=Evaluation(max_trace_tokens=48),
+)

@@ -1,0 +1,24 @@
+"""Embeds the candidates of a release: `python launch/embed.py [config] [--untrained] [overrides]`.
+
+Stopped anywhere, the same command goes on; what is done is skipped. `--untrained` takes the base alone, into
+runs/<config>_untrained.
+"""
+
+import logging
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from trace_jax.retrieval import artifacts, program
+from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.pools import embed_candidates
+
+if __name__ == "__main__":
+    config, options = program.arguments(sys.argv[1:], __doc__)
+    with program.clear_errors(), artifacts.stage(config.run_dir, "embed") as stage:
+        retriever = Retriever.load(config, untrained=options.untrained)
+        count = embed_candidates(config, retriever, Benchmark(config))
+        stage.worked = count > 0
+        logging.info("%s candidates embedded into %s/embeddings", f"{count:,}", config.run_dir)

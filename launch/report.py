@@ -1,0 +1,20 @@
+"""Writes `<run_dir>/report.html`: `python launch/report.py [config] [overrides]`.
+
+`--compare base=runs/x plain=runs/y` adds the figures of other runs.
+"""
+
+import logging
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from trace_jax.retrieval import artifacts, program
+from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.report import write_report
+
+if __name__ == "__main__":
+    config, options = program.arguments(sys.argv[1:], __doc__)
+    with program.clear_errors(), artifacts.stage(config.run_dir, "report"):
+        path = write_report(config, Benchmark(config), options.compare)
+        logging.info("%s", path)

@@ -1,0 +1,234 @@
+"""The model by itself: scan and unrolled, remat, gradients, dtypes, packing, padding, decoding, errors."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests import tiny
+from trace_jax.config import Lora
+from trace_jax.model import weights
+from trace_jax.model.architecture import Architecture
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+
+LORA = Lora(rank=4, alpha=8.0)
+READ = jax.jit(lambda model, inputs: model(inputs))
+
+
+def make(**options) -> Qwen2_5_VL:
+    options = {"lora": LORA, "emb_token_id": tiny.EMB, "scan_layers": True, **options}
+    return Qwen2_5_VL(tiny.architecture(), rngs=nnx.Rngs(0), **options)
+
+
+def loss(model, inputs):
+    hidden = model(inputs)
+    mask = jnp.asarray(inputs.segments > 0)[..., None]
+    return jnp.sum(jnp.where(mask, jnp.sin(hidden), 0.0)) / 1000 + jnp.mean(model.logits(hidden[:, :, 3]))
+
+
+GRADIENT = jax.jit(jax.grad(loss))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """States and gradients of the scanned model without remat."""
+    model, inputs = make(), tiny.inputs()
+    return READ(model, inputs), GRADIENT(model, inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "full", "scan_layers": False}],
+    ids=str,
+)
+def test_ways_to_run_agree(reference, options):
+    model, inputs = make(**options), tiny.inputs()
+    hidden, gradients = reference
+    np.testing.assert_allclose(READ(model, inputs), hidden, atol=1e-5)
+    expected = weights.flat_parameters(gradients)
+    for path, gradient in weights.flat_parameters(GRADIENT(model, inputs)).items():
+        np.testing.assert_allclose(gradient[...], expected[path][...], atol=1e-5, rtol=1e-4, err_msg=path)
+
+
+def test_gradients_are_finite_and_reach_what_trains(reference):
+    for path, gradient in weights.flat_parameters(reference[1]).items():
+        assert jnp.isfinite(gradient[...]).all(), path
+        if path.endswith(("lora_b", "emb_row")) or path.startswith("projector"):
+            assert jnp.abs(gradient[...]).max() > 0, path
+
+
+def test_fresh_lora_changes_nothing():
+    np.testing.assert_array_equal(READ(make(), tiny.inputs()), READ(make(lora=None), tiny.inputs()) * 1)
+
+
+def test_bfloat16():
+    model = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    stored = {path: leaf.dtype for path, leaf in weights.flat_parameters(model).items()}
+    for path, dtype in stored.items():
+        trained = path.endswith(("lora_a", "lora_b", "emb_row")) or path.startswith("projector/")
+        assert dtype == (jnp.float32 if trained else jnp.bfloat16), path
+    hidden = READ(model, tiny.inputs())
+    assert hidden.dtype == jnp.float32 and model.logits(hidden[0, 0]).dtype == jnp.float32
+    exact = READ(make(), tiny.inputs())
+    real = tiny.inputs().segments > 0
+    cosine = (hidden * exact).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(exact, axis=-1)
+    assert cosine[real].min() > 0.99
+    assert jnp.isfinite(jax.jit(jax.grad(loss))(model, tiny.inputs()).emb_row[...]).all()
+
+
+def test_padding_and_neighbours_change_nothing():
+    model, packed = make(), tiny.packed()
+    hidden = READ(model, tiny.stack_shards([packed.inputs])).reshape(-1, 48)
+    for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
+        alone = READ(model, tiny.prompts([sequence]))[0, 0, : len(sequence)]
+        np.testing.assert_allclose(hidden[start : start + len(sequence)], alone, atol=1e-5)
+    assert jnp.isfinite(hidden).all()
+
+
+def test_shards_do_not_mix():
+    model, packed = make(), tiny.packed()
+    other = tiny.packed(tiny.SEQUENCES[::-1])
+    both = READ(model, tiny.stack_shards([packed.inputs, other.inputs]))
+    for i, one in enumerate((packed, other)):
+        np.testing.assert_allclose(both[i], READ(model, tiny.stack_shards([one.inputs]))[0], atol=1e-5)
+
+
+def test_text_alone_skips_the_vision_encoder(monkeypatch):
+    model, inputs = make(), tiny.prompts([tiny.SEQUENCES[1]])
+    expected = READ(model, inputs)
+    none = {
+        name: getattr(inputs, name)[:, :0]
+        for name in ("patches", "patch_positions", "image_segments", "window_segments")
+    }
+    monkeypatch.setattr(Qwen2_5_VL, "visual", None)
+    np.testing.assert_allclose(model(inputs._replace(**none)), expected, atol=1e-6)
+
+
+def test_visual_tokens_can_be_given():
+    model, inputs = make(), tiny.inputs()
+    np.testing.assert_allclose(model(inputs, visual=model.visual(inputs)), READ(model, inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_emb_row_stands_in_for_its_token(tie):
+    model = Qwen2_5_VL(tiny.architecture(tie), emb_token_id=tiny.EMB, rngs=nnx.Rngs(0))
+    row = jnp.arange(48, dtype=jnp.float32) / 48
+    model.emb_row[...] = row
+    head = model.head()
+    assert head.shape == (tiny.VOCABULARY, 48)
+    np.testing.assert_array_equal(head[tiny.EMB], row)
+    hidden = jax.random.normal(jax.random.key(1), (5, 48))
+    np.testing.assert_allclose(model.logits(hidden), hidden @ head.T, atol=1e-5)
+    np.testing.assert_array_equal(model.embed(jnp.array([tiny.EMB, 3]))[0], row)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_decoding_equals_reading(scan):
+    """Prompts of different lengths and images, then six more tokens, one at a time."""
+    model = make(scan_layers=scan)
+    sequences = [tiny.SEQUENCES[i] for i in (0, 1, 2, 4)]
+    more = np.random.default_rng(0).integers(1, 140, (4, 6)).astype(np.int32)
+    inputs = tiny.prompts(sequences)
+    lengths = np.array([len(sequence) for sequence in sequences])
+    following = np.array([sequence.positions.max() + 1 for sequence in sequences])
+    whole = jax.tree.map(np.copy, inputs)
+    for i, length in enumerate(lengths):
+        at = slice(length, length + 6)
+        whole.tokens[0, i, at], whole.segments[0, i, at] = more[i], 1
+        whole.positions[0, i, at] = (following[i] + np.arange(6))[:, None]
+    expected = READ(model, whole)[0]
+
+    hidden, cache = jax.jit(lambda m, x: m.prefill(x, 80))(model, inputs)
+    assert len(cache) == 3 and cache[0][0].shape == (4, 2, 80, 8)
+    step = jax.jit(lambda m, *arguments: m.decode(*arguments))
+    for i, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[i, :length], expected[i, :length], atol=1e-5)
+    for t in range(6):
+        positions = jnp.asarray(np.repeat((following + t)[:, None], 3, axis=1), jnp.int32)
+        state, cache = step(model, cache, jnp.asarray(more[:, t]), positions, jnp.asarray(lengths + t))
+        np.testing.assert_allclose(state, expected[np.arange(4), lengths + t], atol=1e-5)
+
+
+def test_parameter_paths():
+    paths = weights.flat_parameters(make())
+    for path, shape in {
+        "vision/patch_embed/kernel": (96, 32),
+        "vision/blocks/attn/qkv/kernel": (4, 32, 96),
+        "vision/blocks/mlp/gate_proj/kernel": (4, 32, 52),
+        "projector/ln_q/scale": (32,),
+        "projector/mlp_0/kernel": (128, 128),
+        "language/embed_tokens/embedding": (160, 48),
+        "language/layers/self_attn/q_proj/kernel": (3, 48, 48),
+        "language/layers/self_attn/q_proj/lora_a": (3, 48, 4),
+        "language/norm/scale": (48,),
+        "lm_head/kernel": (48, 160),
+        "emb_row": (48,),
+    }.items():
+        assert paths[path].shape == shape
+    assert len(weights.flat_parameters(make(lora=None, emb_token_id=None))) == len(paths) - 15
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        make(emb_token_id=160)
+    with pytest.raises(ValueError, match="LoRA targets"):
+        make(lora=dataclasses.replace(LORA, targets=("lm_head",)))
+    with pytest.raises(ValueError, match="dropout"):
+        make(lora=dataclasses.replace(LORA, dropout=0.1))
+    with pytest.raises(ValueError, match="remat"):
+        make(remat="some")(tiny.inputs())
+    with pytest.raises(ValueError, match="cannot hold"):
+        make().prefill(tiny.inputs(), 8)
+
+
+def test_other_architectures_are_refused(tmp_path):
+    good = tiny.architecture().to_hf()
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        Architecture.from_hf(tmp_path)
+    for change, message in (
+        ({"model_type": "qwen2_vl"}, "only 'qwen2_5_vl'"),
+        ({"use_sliding_window": True}, "sliding"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [1, 1, 2]}}, "rope_type"),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 3]}}, "mrope_section"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Architecture.from_dict(good | change)
+    with pytest.raises(ValueError, match="'vocab_size' is missing"):
+        Architecture.from_dict({key: value for key, value in good.items() if key != "vocab_size"})
+
+
+def test_wrong_weights_are_listed_together(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    weights.save(make(lora=None, emb_token_id=None), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["visual.extra"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        weights.load(tmp_path)
+    for line in ("missing: model.norm.weight", "unexpected: visual.extra", "shape of lm_head.weight: (159, 48)"):
+        assert line in str(error.value)
+
+
+def test_bfloat16_files_and_sharded_loading(tmp_path):
+    model = make(lora=None, emb_token_id=None, param_dtype=jnp.bfloat16)
+    weights.save(model, tmp_path)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shardings(path, shape):
+        split = [size % 8 == 0 and axis == len(shape) - 1 for axis, size in enumerate(shape)]
+        spec = jax.sharding.PartitionSpec(*("fsdp" if on else None for on in split))
+        return jax.sharding.NamedSharding(mesh, spec)
+
+    again = weights.load(tmp_path, param_dtype=jnp.bfloat16, lora=LORA, emb_token_id=9, shardings=shardings)
+    loaded = weights.flat_parameters(again)
+    for path, leaf in weights.flat_parameters(model).items():
+        expected = leaf[...].astype(jnp.bfloat16).astype(loaded[path].dtype)
+        np.testing.assert_array_equal(loaded[path][...].astype(jnp.float32), expected.astype(jnp.float32))
+    assert len(loaded["language/layers/mlp/gate_proj/kernel"][...].sharding.device_set) == 8
+    np.testing.assert_array_equal(again.emb_row[...], again.head()[9].astype(jnp.float32))

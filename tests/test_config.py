@@ -1,0 +1,37 @@
+import dataclasses
+
+import pytest
+
+from trace_jax.config import DEFAULT, Config, config_names, from_command_line, load_config, to_json
+
+
+def test_every_config_loads_under_its_name():
+    assert DEFAULT in config_names()
+    for name in config_names():
+        assert load_config(name).name == name
+
+
+def test_overrides_reach_nested_fields():
+    config = from_command_line(["emoji_tiny", "--optimizer.learning-rate", "1e-4", "--model.lora.rank", "8"])
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.model.lora.rank == 8
+    assert from_command_line(["--training.steps", "7"]).training.steps == 7
+
+
+def test_unknown_config_says_what_was_meant():
+    with pytest.raises(SystemExit, match="Did you mean 'emoji_tiny'"):
+        load_config("emoji_tyny")
+
+
+def test_unknown_override_is_named(capsys):
+    with pytest.raises(SystemExit):
+        load_config("emoji_tiny", ["--optimizer.learning-rat", "1"])
+    assert "learning-rate" in capsys.readouterr().err
+
+
+def test_configs_are_frozen_and_plain_json():
+    config = load_config("emoji_tiny")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.name = "other"
+    assert to_json(config)["model"]["lora"]["rank"] == config.model.lora.rank
+    assert Config(name="x").run_dir == "runs/x"

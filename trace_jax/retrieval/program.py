@@ -1,0 +1,69 @@
+"""What the programs of this room share (embed, build_index, ...): options and one-line errors."""
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trace_jax import config
+from trace_jax.config import Config
+from trace_jax.retrieval.artifacts import MissingStageError
+from trace_jax.training.checkpoint import CheckpointError
+
+MODES = ("adaptive", "direct", "always")
+
+
+def _modes(text: str) -> tuple[str, ...]:
+    modes = tuple(part for part in text.split(",") if part)
+    if unknown := set(modes) - set(MODES):
+        raise argparse.ArgumentTypeError(f"no mode {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
+    return modes
+
+
+def _compared(text: str) -> tuple[str, str]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=run_dir")
+    return name, folder
+
+
+def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
+    """Reads `[config] [own options] [overrides]`: the config, and `untrained`, `modes` and `compare`.
+
+    Raises SystemExit with a "did you mean" for an unknown config or option.
+    """
+    parser = argparse.ArgumentParser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Overrides are those of launch/train.py, e.g. --evaluation.batch-size 64 --workdir runs/mine.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--untrained", action="store_true", help="the base alone, in runs/<config>_untrained")
+    parser.add_argument("--modes", type=_modes, default=("direct",), help="modes to run beside --evaluation.mode")
+    parser.add_argument("--compare", type=_compared, nargs="+", default=[], help="name=run_dir of other runs")
+    options, rest = parser.parse_known_args(given)
+    chosen = config.from_command_line(rest)
+    if options.untrained and not chosen.workdir:
+        chosen = dataclasses.replace(chosen, workdir=f"runs/{chosen.name}_untrained")
+    prepare_logging()
+    return chosen, options
+
+
+def prepare_logging() -> None:
+    """Plain lines for people; libraries speak up only to warn."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def clear_errors(*more: type[Exception]) -> Iterator[None]:
+    """Turns the errors that a user can mend, and those of the types `more`, into one line and exit code 1."""
+    try:
+        yield
+    except (MissingStageError, CheckpointError, FileNotFoundError, *more) as error:
+        raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"error: {error}. Nothing half-written was kept; the same command goes on.") from error

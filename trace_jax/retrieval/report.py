@@ -1,0 +1,299 @@
+"""One HTML page of a run that opens from disk: tables, curves, and searches with their pictures and traces.
+
+Nothing on it is picked by hand: the queries shown are the first of each task in the order of the SHA-256 of
+their qid, and misses stand beside as many hits.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import io
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trace_jax.config import Config
+from trace_jax.data.builders import mbeir
+from trace_jax.data.processor import decode_image
+from trace_jax.data.schema import TASKS, Document
+from trace_jax.retrieval import artifacts
+from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
+from trace_jax.retrieval.embedder import QueryResults
+from trace_jax.retrieval.evaluation import is_right, load_results, metrics_path, run_file
+from trace_jax.training.metrics import read_metrics
+
+EXAMPLES = 24  # searches shown, at least, and at least three a task
+CONTRASTS = 2  # misses of each task shown beside as many hits
+SHOWN = 5  # results of a search
+THUMBNAIL = 160  # pixels
+TASK_TITLES = {
+    "t2i": "text → image",
+    "t2t": "text → text",
+    "t2it": "text → image with text",
+    "i2t": "image → text",
+    "i2i": "image → image",
+    "it2t": "image and question → text",
+    "it2i": "image and change → image",
+    "it2it": "image and text → image with text",
+}
+CURVES = (
+    ("Losses", (("loss_gen", "generation"), ("loss_ret", "retrieval")), None),
+    ("Recall in the batch", (("recall_in_batch", "right document first"),), (0, 1)),
+    ("Routing", (("emb_first", "<|emb|> first"), ("routing_accuracy", "as labelled")), (0, 1)),
+)
+COLOURS = ("#4c7ee8", "#e07b39")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A candidate as it is shown."""
+
+    did: str
+    text: str
+    image: str  # data URI; "" where there is none
+    score: float | None
+    right: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A search as it is shown."""
+
+    task: str
+    dataset: str
+    qid: str
+    instruction: str
+    text: str
+    image: str
+    complex: bool
+    reasoned: bool
+    trace: str
+    truth: str
+    trace_right: bool
+    tiles: list[Tile]
+    rank: int | None  # of the first right answer among those kept; None when there is none
+    kept: int
+    answer: Tile | None  # a right answer, where none is shown
+
+
+class Examples:
+    """The searches of one query file in the mode that counts."""
+
+    def __init__(
+        self,
+        config: Config,
+        benchmark: Benchmark,
+        query_set: QuerySet,
+        labelled: Labelled,
+        results: QueryResults,
+    ) -> None:
+        self._benchmark, self._query_set, self._labelled, self._results = (
+            benchmark,
+            query_set,
+            labelled,
+            results,
+        )
+        self._found: dict[str, list[tuple[int, float]]] = {}
+        for line in run_file(config, query_set, config.evaluation.mode, "single").read_text().splitlines():
+            qid, _, did, _, score, *_ = line.split()
+            self._found.setdefault(qid, []).append((mbeir.hash_did(did), float(score)))
+        self.order = sorted(range(len(labelled.qids)), key=lambda i: hashlib.sha256(labelled.qids[i].encode()).digest())
+
+    def rank(self, query: int) -> int | None:
+        """The rank of the first right answer among the results kept, from 1; None when there is none."""
+        found, right = self._found.get(self._labelled.qids[query], []), self._labelled.positives[query]
+        return next((rank for rank, (did, _) in enumerate(found, start=1) if did in right), None)
+
+    def is_hit(self, query: int) -> bool:
+        """Whether a right answer is among the results shown."""
+        return (self.rank(query) or SHOWN + 1) <= SHOWN
+
+    def example(self, query: int) -> Example:
+        """One search, with its pictures."""
+        labelled, asked = self._labelled, self._labelled.queries[query]
+        found, right = self._found.get(labelled.qids[query], []), labelled.positives[query]
+        trace, answer = self._results.traces[query], labelled.answers[query]
+        hidden = not self.is_hit(query) and right
+        return Example(
+            task=self._query_set.task,
+            dataset=self._query_set.dataset,
+            qid=labelled.qids[query],
+            instruction=asked.instruction,
+            text=asked.text,
+            image=data_uri(asked.image),
+            complex=bool(labelled.complex[query]),
+            reasoned=bool(self._results.reasoned[query]),
+            trace=trace,
+            truth=labelled.traces[query],
+            trace_right=is_right(trace, answer),
+            tiles=[self._tile(did, score, did in right) for did, score in found[:SHOWN]],
+            rank=self.rank(query),
+            kept=len(found),
+            answer=self._tile(min(right), None, True) if hidden else None,
+        )
+
+    def _tile(self, did: int, score: float | None, right: bool) -> Tile:
+        document = self._document(did)
+        return Tile(did_of(did), document.text, data_uri(document.image), score, right)
+
+    def _document(self, did: int) -> Document:
+        candidates = self._benchmark.candidates
+        return candidates.document(int(candidates.rows(np.array([did]))[0]))
+
+
+def data_uri(image: bytes | None) -> str:
+    """An encoded image, made small, as a data URI; "" for none. Raises ValueError for no image."""
+    if image is None:
+        return ""
+    picture = Image.fromarray(decode_image(image))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=88)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def curves(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The training curves as inline SVG, from the rows of metrics.jsonl; none for fewer than two rows."""
+    drawn = []
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "trace",
+        "font.size": 9,
+        "axes.edgecolor": "#8a8f98",
+        "text.color": "#8a8f98",
+        "axes.labelcolor": "#8a8f98",
+        "xtick.color": "#8a8f98",
+        "ytick.color": "#8a8f98",
+    }
+    for title, lines, limits in CURVES:
+        present = [(name, label) for name, label in lines if any(name in row for row in rows)]
+        if len(rows) < 2 or not present:
+            continue
+        with mpl.rc_context(style):
+            figure = Figure(figsize=(4.2, 2.5), layout="constrained")
+            axes = figure.add_subplot()
+            for (name, label), colour in zip(present, COLOURS, strict=False):
+                points = [(row["step"], row[name]) for row in rows if name in row]
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.set_xlabel("step")
+            axes.set_ylim(*(limits or (0,)))
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8, labelcolor="#8a8f98")
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        drawn.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
+    return drawn
+
+
+def all_examples(config: Config, benchmark: Benchmark, key: str) -> Iterator[tuple[QuerySet, Examples]]:
+    """The searches of every test file. Raises MissingStageError when a file is not evaluated."""
+    for query_set in benchmark.query_sets:
+        if query_set.split != "test":
+            continue
+        results = load_results(config, query_set, config.evaluation.mode, key)
+        if results is None:
+            raise artifacts.MissingStageError(
+                f"the queries of {query_set.stem} are not evaluated: run launch/evaluate.py first"
+            )
+        yield query_set, Examples(config, benchmark, query_set, benchmark.load(query_set), results)
+
+
+def choose(config: Config, benchmark: Benchmark, key: str) -> dict[str, list[Example]]:
+    """The searches that the page shows: "examples", "hits" and "misses" (as many of each), and "unseen"."""
+    shown: dict[str, list[Example]] = {"examples": [], "hits": [], "misses": [], "unseen": []}
+    files = sorted(all_examples(config, benchmark, key), key=lambda pair: (pair[0].task_id, pair[0].stem))
+    per_file = math.ceil(EXAMPLES / max(1, sum(query_set.trained for query_set, _ in files)))
+    for query_set, examples in files:
+        if not query_set.trained:
+            shown["unseen"] += [examples.example(query) for query in examples.order[:1]]
+            continue
+        first = max(3, per_file)
+        shown["examples"] += [examples.example(query) for query in examples.order[:first]]
+        rest = examples.order[first:]
+        hits = [query for query in rest if examples.is_hit(query)]
+        misses = [query for query in rest if not examples.is_hit(query)]
+        count = min(CONTRASTS, len(hits), len(misses))
+        shown["hits"] += [examples.example(query) for query in hits[:count]]
+        shown["misses"] += [examples.example(query) for query in misses[:count]]
+    return shown
+
+
+def render(context: dict[str, Any]) -> str:
+    """Fills the page's template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    filters: dict[str, Callable[..., str]] = {"percent": percent, "duration": duration, "number": number}
+    environment.filters |= filters
+    return environment.get_template("report.html.jinja").render(context)
+
+
+def percent(value: float | None) -> str:
+    """A share that is in percent already; a dash for none."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def number(value: float | None) -> str:
+    """A count or a speed; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[str, str]] = ()) -> epath.Path:
+    """Writes `<run_dir>/report.html` and returns its path; `compare` adds columns: (name, run_dir) of other
+    runs.
+
+    Raises MissingStageError when this run or one of the others has not been evaluated.
+    """
+    metrics, others = _metrics(config.run_dir), {name: _metrics(folder) for name, folder in compare}
+    seconds = metrics["seconds"] | (artifacts.read_json(epath.Path(config.run_dir) / "seconds.json") or {})
+    licences = benchmark.folder / "release" / "LICENSES.md"
+    page = render(
+        {
+            "config": config,
+            "metrics": metrics,
+            "others": others,
+            "seconds": seconds,
+            "tasks": [task for task in TASKS.values() if task in metrics["tasks"]],
+            "titles": TASK_TITLES,
+            "ks": [f"R@{k}" for k in config.evaluation.ks],
+            "modes": list(dict.fromkeys(mode for entry in metrics["tasks"].values() for mode in entry["modes"])),
+            "curves": curves(read_metrics(config.run_dir)),
+            "shown": choose(config, benchmark, metrics["checkpoint"]["queries_key"]),
+            "candidates": len(benchmark.candidates),
+            "licences": licences.read_text(encoding="utf-8") if licences.exists() else "",
+        }
+    )
+    path = epath.Path(config.run_dir) / "report.html"
+    artifacts.write_bytes(path, page.encode())
+    return path
+
+
+def _metrics(run_dir: str) -> dict[str, Any]:
+    metrics = artifacts.read_json(metrics_path(run_dir))
+    if metrics is None:
+        raise artifacts.MissingStageError(
+            f"no figures in {metrics_path(run_dir)}: run `make quickstart` (or launch/evaluate.py) first"
+        )
+    return metrics
