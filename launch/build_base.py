@@ -4,20 +4,20 @@
 command goes on.
 """
 
-import logging
 import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from trace_jax import config
+from trace_jax.retrieval import program
 from trace_jax.training import base
 from trace_jax.training.train import train
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
     chosen = config.from_command_line(sys.argv[1:], default="emoji_base")
-    base.make_start(chosen)
-    train(chosen)
-    base.export(chosen)
+    program.prepare_logging()
+    with program.clear_errors(ValueError):
+        base.make_start(chosen)
+        train(chosen)
+        base.export(chosen)

@@ -7,10 +7,8 @@ skipped.
 
 import dataclasses
 import json
-import logging
 import pathlib
 import sys
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
@@ -19,6 +17,7 @@ import tyro
 from trace_jax.data.builders import mbeir
 from trace_jax.data.emoji import release
 from trace_jax.data.emoji.world import SIZES
+from trace_jax.retrieval import artifacts, program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +34,20 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     """Builds what is missing; raises SystemExit with one clear line if it cannot."""
-    started = time.monotonic()
     folder = arguments.data_dir / arguments.name
-    source = arguments.release
-    if source is None:
-        if arguments.name not in SIZES:
-            known = ", ".join(SIZES)
-            raise SystemExit(f"no data set {arguments.name!r}: choose from {known}, or give --release")
-        source = folder / "release"
-        info = release.build(arguments.name, source)
-        print(f"{source}: {info['pictures']:,} pictures of {info['emoji']:,} emoji", flush=True)
-    try:
-        wrote = mbeir.build(source, folder)
-    except mbeir.ReleaseError as error:
-        raise SystemExit(f"error: {error}") from error
-    what = "written" if wrote else "complete already"
+    if arguments.release is None and arguments.name not in SIZES:
+        raise SystemExit(f"no data set {arguments.name!r}: choose from {', '.join(SIZES)}, or give --release")
+    with program.clear_errors(mbeir.ReleaseError), artifacts.stage(str(folder), "data") as stage:
+        source = arguments.release
+        if source is None:
+            source = folder / "release"
+            info = release.build(arguments.name, source)
+            print(f"{source}: {info['pictures']:,} pictures of {info['emoji']:,} emoji", flush=True)
+        stage.worked = mbeir.build(source, folder)
     stamp = json.loads((folder / "records/stamp.json").read_text())
-    seconds = time.monotonic() - started
-    print(f"{folder / 'records'}: {what}, {stamp['fingerprint'][:12]}, {seconds:.1f} s", flush=True)
+    print(f"{folder / 'records'}: {'written' if stage.worked else 'complete'}, {stamp['fingerprint'][:12]}", flush=True)
 
 
 if __name__ == "__main__":
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    program.prepare_logging()
     main(tyro.cli(Arguments, description=__doc__))

@@ -13,12 +13,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from trace_jax.retrieval import artifacts, program
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
-from trace_jax.retrieval.evaluation import describe, evaluate
+from trace_jax.retrieval.evaluation import describe, evaluate, record_seconds
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
     with program.clear_errors(), artifacts.stage(config.run_dir, "evaluate") as stage:
         retriever = Retriever.load(config, untrained=options.untrained)
-        metrics, encoded = evaluate(config, retriever, Benchmark(config), options.modes)
+        benchmark = Benchmark(config)
+        metrics, encoded = evaluate(config, retriever, benchmark, options.modes)
         stage.worked = encoded > 0
+    record_seconds(config, benchmark)
     logging.info("%s", describe(metrics))

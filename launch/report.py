@@ -11,10 +11,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from trace_jax.retrieval import artifacts, program
 from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.evaluation import record_seconds
 from trace_jax.retrieval.report import write_report
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
     with program.clear_errors(), artifacts.stage(config.run_dir, "report"):
-        path = write_report(config, Benchmark(config), options.compare)
+        benchmark = Benchmark(config)
+        path = write_report(config, benchmark, options.compare)
         logging.info("%s", path)
+    record_seconds(config, benchmark)

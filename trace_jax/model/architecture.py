@@ -125,7 +125,7 @@ class Architecture:
                 raise ValueError("use_sliding_window is not supported")
             if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
                 raise ValueError(f"rope_type {rope.get('rope_type', rope.get('type'))!r} is not supported")
-            heads = text["num_attention_heads"]
+            heads, eos = text["num_attention_heads"], text.get("eos_token_id")
             return cls(
                 vision=VisionArchitecture(
                     depth=vision["depth"],
@@ -159,7 +159,7 @@ class Architecture:
                 vision_start_token_id=config["vision_start_token_id"],
                 vision_end_token_id=config["vision_end_token_id"],
                 bos_token_id=text.get("bos_token_id"),
-                eos_token_id=text.get("eos_token_id"),
+                eos_token_id=eos[0] if isinstance(eos, list) else eos,
             )
         except KeyError as error:
             raise ValueError(f"field {error} is missing") from error

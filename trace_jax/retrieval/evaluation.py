@@ -255,9 +255,16 @@ def evaluate(
         for pool, index in searcher.indexes.items()
         if pool in searcher.checked
     }
-    metrics["seconds"] = artifacts.read_json(epath.Path(config.run_dir) / "seconds.json") or {}
     artifacts.write_json(metrics_path(config.run_dir), metrics)
     return metrics, encoded
+
+
+def record_seconds(config: Config, benchmark: Benchmark) -> None:
+    """Puts the wall seconds of all stages so far, the data's among them, into metrics.json."""
+    folders = (benchmark.folder, config.run_dir)
+    stages = [artifacts.read_json(epath.Path(folder) / "seconds.json") or {} for folder in folders]
+    metrics = artifacts.read_json(metrics_path(config.run_dir))
+    artifacts.write_json(metrics_path(config.run_dir), metrics | {"seconds": stages[0] | stages[1]})
 
 
 def metrics_path(run_dir: str) -> epath.Path:

@@ -267,7 +267,7 @@ def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[s
     Raises MissingStageError when this run or one of the others has not been evaluated.
     """
     metrics, others = _metrics(config.run_dir), {name: _metrics(folder) for name, folder in compare}
-    seconds = metrics["seconds"] | (artifacts.read_json(epath.Path(config.run_dir) / "seconds.json") or {})
+    seconds = metrics.get("seconds", {})
     licences = benchmark.folder / "release" / "LICENSES.md"
     page = render(
         {

@@ -128,8 +128,12 @@ def restore_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh)
     return None if restored is None else (restored[0], merge_model(graph, restored[1]["trainable"], frozen))
 
 
-def train(config: Config) -> None:
-    """Trains `config` to its last step, going on from the newest good checkpoint of its run directory."""
+def train(config: Config) -> bool:
+    """Trains `config` to its last step, going on from the newest good checkpoint of its run directory.
+
+    Says whether there was anything to do. Raises ValueError for a configuration that does not fit its data or its
+    devices, CheckpointError, and FloatingPointError for a loss that is no number.
+    """
     # Devices and model
     mesh = sharding.make_mesh(config.mesh)
     shards = sharding.data_shards(mesh)
@@ -158,7 +162,8 @@ def train(config: Config) -> None:
     state = TrainState(trainable, opt_state)
     if start >= steps:
         log.info("%s is already trained (%d steps)", config.run_dir, start)
-        return checkpoints.close()
+        checkpoints.close()
+        return False
 
     # Data
     pipeline = training_batches(config, processor, shards=shards, host=jax.process_index(), hosts=jax.process_count())
@@ -198,3 +203,4 @@ def train(config: Config) -> None:
         bar.close()
         writer.close()
         checkpoints.close()
+    return True
