@@ -2,6 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 CONFIG ?= emoji_tiny
+RELEASE ?= emoji_small
 
 .PHONY: quickstart test test-all check base clean
 
@@ -17,7 +18,7 @@ CONFIG ?= emoji_tiny
 
 # Data, training, embeddings, indexes, evaluation, report. Every stage skips what is done and resumes what is not.
 quickstart: .venv/.installed
-	$(RUN) launch/build_data.py emoji_small
+	$(RUN) launch/build_data.py $(RELEASE)
 	$(RUN) launch/train.py $(CONFIG)
 	$(RUN) launch/embed.py $(CONFIG)
 	$(RUN) launch/build_index.py $(CONFIG)

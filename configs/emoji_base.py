@@ -39,5 +39,5 @@ config = Config(
     ),
     loss=Loss(retrieval=0.0, vocabulary_chunk=256),
     optimizer=Optimizer(learning_rate=1.5e-3, warmup_steps=200, weight_decay=0.05, final_fraction=0.02),
-    training=Training(steps=2500, log_every=25, checkpoint_every=500, checkpoint_minutes=10),
+    training=Training(steps=2200, log_every=25, checkpoint_every=500, checkpoint_minutes=10),
 )

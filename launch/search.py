@@ -21,13 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "text", nargs="?", default="", help="the query's text; may be left out when there is an image"
-    )
+    parser.add_argument("text", nargs="?", default="", help="the query's text; may be left out when there is an image")
     parser.add_argument("--image", help="the query's image file")
-    parser.add_argument(
-        "--instruction", default="", help="what is looked for; default: the task's first instruction"
-    )
+    parser.add_argument("--instruction", default="", help="what is looked for; default: the task's first instruction")
     parser.add_argument("--config", default=config.DEFAULT, help=f"the run (default {config.DEFAULT})")
     parser.add_argument("--pool", help="a task such as it2i, global, or a pool's full name; default: images")
     parser.add_argument("--top", type=int, default=5, help="results (default 5)")

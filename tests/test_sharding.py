@@ -26,7 +26,7 @@ def test_every_parameter_matches_one_rule_and_every_rule_is_needed():
     paths = parameters()
     used = {pattern: [p for p in paths if re.fullmatch(pattern, p)] for pattern, _ in sharding.RULES}
     assert all(used.values()), [pattern for pattern, matched in used.items() if not matched]
-    assert sorted(sum(used.values(), [])) == sorted(paths)
+    assert sorted(path for matched in used.values() for path in matched) == sorted(paths)
 
 
 def test_large_parameters_are_split_over_both_axes():

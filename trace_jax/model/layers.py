@@ -50,8 +50,8 @@ class Linear(nnx.Module):
     ) -> None:
         if lora is not None and lora.dropout:
             raise ValueError(f"LoRA dropout {lora.dropout} is not implemented; set it to 0")
-        kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), dtypes.params)
-        self.kernel = nnx.Param(kernel)
+        kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), jnp.float32)
+        self.kernel = nnx.Param(kernel.astype(dtypes.params))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.params)) if bias else None
         rank = 0 if lora is None else lora.rank
         limit = 1 / math.sqrt(in_features)

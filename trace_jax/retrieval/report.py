@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -195,29 +195,24 @@ def curves(rows: Sequence[dict[str, Any]]) -> list[str]:
     return drawn
 
 
-def all_examples(config: Config, benchmark: Benchmark, key: str) -> Iterator[tuple[QuerySet, Examples]]:
-    """The searches of every test file. Raises MissingStageError when a file is not evaluated."""
-    for query_set in benchmark.query_sets:
-        if query_set.split != "test":
-            continue
-        results = load_results(config, query_set, config.evaluation.mode, key)
-        if results is None:
-            raise artifacts.MissingStageError(
-                f"the queries of {query_set.stem} are not evaluated: run launch/evaluate.py first"
-            )
-        yield query_set, Examples(config, benchmark, query_set, benchmark.load(query_set), results)
+def examples_of(config: Config, benchmark: Benchmark, query_set: QuerySet, key: str) -> Examples:
+    """The searches of a file. Raises MissingStageError when it is not evaluated."""
+    results = load_results(config, query_set, config.evaluation.mode, key)
+    if results is None:
+        raise artifacts.MissingStageError(f"{query_set.stem} is not evaluated: run launch/evaluate.py first")
+    return Examples(config, benchmark, query_set, benchmark.load(query_set), results)
 
 
 def choose(config: Config, benchmark: Benchmark, key: str) -> dict[str, list[Example]]:
     """The searches that the page shows: "examples", "hits" and "misses" (as many of each), and "unseen"."""
     shown: dict[str, list[Example]] = {"examples": [], "hits": [], "misses": [], "unseen": []}
-    files = sorted(all_examples(config, benchmark, key), key=lambda pair: (pair[0].task_id, pair[0].stem))
-    per_file = math.ceil(EXAMPLES / max(1, sum(query_set.trained for query_set, _ in files)))
-    for query_set, examples in files:
+    files = sorted((q for q in benchmark.query_sets if q.split == "test"), key=lambda q: (q.task_id, q.stem))
+    first = max(3, math.ceil(EXAMPLES / max(1, sum(query_set.trained for query_set in files))))
+    for query_set in files:
+        examples = examples_of(config, benchmark, query_set, key)
         if not query_set.trained:
             shown["unseen"] += [examples.example(query) for query in examples.order[:1]]
             continue
-        first = max(3, per_file)
         shown["examples"] += [examples.example(query) for query in examples.order[:first]]
         rest = examples.order[first:]
         hits = [query for query in rest if examples.is_hit(query)]

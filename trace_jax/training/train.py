@@ -107,7 +107,7 @@ def make_train_step(
         measured["tokens"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.ones(()))
         measured["filled_slots"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.float32(real.size))
         measured["dropped"] = Mean(jnp.sum(batch.query_index < 0).astype(jnp.float32), jnp.ones(()))
-        measured["gradient_norm"] = Mean(optax.global_norm(gradients), jnp.ones(()))
+        measured["gradient_norm"] = Mean(optax.tree.norm(gradients), jnp.ones(()))
         return TrainState(trainable, opt_state), measured
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -144,7 +144,7 @@ def train(config: Config) -> bool:
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
     whole = sharding.replicated(mesh)
-    opt_shardings = optax.tree_utils.tree_map_params(
+    opt_shardings = optax.tree_map_params(
         optimizer,
         lambda _, parameter: parameter.sharding,
         jax.eval_shape(optimizer.init, trainable),

@@ -1,0 +1,198 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from trace_jax.data.builders import mbeir
+from trace_jax.data.schema import TASKS
+from trace_jax.retrieval import artifacts
+from trace_jax.retrieval.artifacts import MissingStageError
+from trace_jax.retrieval.benchmark import did_of
+from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.evaluation import (
+    evaluate,
+    hits_at,
+    is_right,
+    load_results,
+    merge,
+    queries_key,
+    recalls,
+    run_file,
+)
+from trace_jax.retrieval.index import exact_search
+from trace_jax.retrieval.pools import CandidateVectors
+
+
+def test_recall_is_any_hit_as_in_uniir():
+    found = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    positives = [frozenset({3, 99}), frozenset({4}), frozenset()]
+    assert hits_at(found, positives, 1).tolist() == [False, True, False]
+    assert recalls(found, positives, (1, 3)) == {"R@1": 33.33, "R@3": 66.67}
+    assert recalls(found[:0], [], (5,)) == {"R@5": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("trace", "answer", "right"),
+    [
+        ("A brown square. The colour becomes red, the rest stays. a red square.", "a red square.", True),
+        ("A brown square. The colour becomes red, the rest stays.  A red  square", "a red square.", True),
+        ("a red square.", "a red square.", True),
+        ("A brown square. a blue square.", "a red square.", False),
+        ("A brown square. not a red square.", "a red square.", False),
+        ("A red square. a blue square.", "a red square.", False),
+        ("This is a flag. Castries is the capital of St. Lucia.", "Castries is the capital of St. Lucia.", True),
+        ("", "a red square.", False),
+        ("a red square.", "", False),
+    ],
+)
+def test_a_trace_is_right_when_it_ends_with_the_answer(trace, answer, right):
+    assert is_right(trace, answer) is right
+
+
+def test_data_sets_of_one_task_are_averaged():
+    one = {"dataset": "a", "queries": 10, "local": {"R@5": 40.0}, "ceiling": None}
+    other = {"dataset": "b", "queries": 20, "local": {"R@5": 60.0}, "ceiling": {"R@5": 90.0}}
+    merged = merge([one, other])
+    assert merged == {"dataset": "a, b", "queries": 30, "local": {"R@5": 50.0}, "ceiling": {"R@5": 90.0}}
+
+
+# ---- the release ---------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_numbered_once_in_the_order_of_their_dids(benchmark_):
+    ids = benchmark_.candidates.ids
+    assert (np.diff(ids) > 0).all()
+    for pool in benchmark_.searched_pools:
+        source = benchmark_.source(pool)
+        rows = benchmark_.candidates.rows(np.array([mbeir.hash_did(did) for did in source.keys]))
+        for at in (0, len(source) - 1):
+            document = benchmark_.candidates.document(int(rows[at]))
+            assert (document.text, document.image or b"") == (source[at]["txt"], source[at]["image"])
+            assert did_of(int(ids[rows[at]])) == source[at]["did"]
+
+
+def test_the_global_pool_is_the_union_of_the_local_ones(benchmark_):
+    tests = [query_set for query_set in benchmark_.query_sets if query_set.split == "test"]
+    union = set().union(*(benchmark_.ids(query_set.pool).tolist() for query_set in tests))
+    assert set(benchmark_.ids("global_test").tolist()) == union
+    with pytest.raises(ValueError, match="Did you mean .*global_test"):
+        benchmark_.ids("global_tset")
+
+
+def test_every_query_gets_the_first_instruction_of_its_task(benchmark_):
+    prompts = mbeir.load_instructions(benchmark_.folder)
+    for query_set in benchmark_.query_sets:
+        labelled = benchmark_.load(query_set)
+        assert {query.instruction for query in labelled.queries} <= {choices[0] for choices in prompts.values()}
+        assert len({query.instruction for query in labelled.queries}) == 1
+        assert len(labelled.qids) == benchmark_.count(query_set)
+
+
+# ---- a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_hold_what_is_promised(evaluated):
+    config, metrics = evaluated
+    assert json.loads((epath.Path(config.run_dir) / "metrics.json").read_text()) == metrics
+    assert set(metrics["tasks"]) <= set(TASKS.values())
+    for entry in metrics["tasks"].values():
+        for scope in ("local", "global"):
+            values = [entry[scope][f"R@{k}"] for k in (1, 5, 10)]
+            assert values == sorted(values)
+        assert 0 <= entry["reasoned_fraction"] <= 1
+        assert entry["modes"]["direct"]["reasoned_fraction"] == 0
+        assert entry["modes"]["adaptive"]["queries_per_second"] > 0
+        assert entry["local"]["R@10"] >= entry["global"]["R@10"]
+    mean = np.mean([entry["local"]["R@5"] for entry in metrics["tasks"].values()])
+    assert metrics["average"] == pytest.approx(mean, abs=0.01)
+    assert metrics["validation"]
+    assert all(index["recall_against_exact"] == 1 for index in metrics["indexes"].values())
+
+
+def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retriever):
+    config, metrics = evaluated
+    query_set = next(q for q in benchmark_.query_sets if q.split == "test" and q.trained)
+    results = load_results(config, query_set, "adaptive", queries_key(config, retriever))
+    store, ids = CandidateVectors(config, benchmark_), benchmark_.ids(query_set.pool)
+    rows, _ = exact_search(results.embeddings, store.read(store.candidates.rows(ids)), 10)
+    labelled = benchmark_.load(query_set)
+    hits = [bool(set(ids[row[:5]].tolist()) & right) for row, right in zip(rows, labelled.positives, strict=True)]
+    assert metrics["tasks"][query_set.task]["local"]["R@5"] == pytest.approx(100 * np.mean(hits), abs=0.01)
+    lines = run_file(config, query_set, "adaptive", "single").read_text().splitlines()
+    qid, q0, did, rank, _, run_id, task = lines[0].split()
+    assert (qid, q0, rank, run_id, int(task)) == (labelled.qids[0], "Q0", "1", "adaptive", query_set.task_id)
+    assert did == did_of(int(ids[rows[0, 0]]))
+    assert len(lines) == 10 * len(labelled.qids)
+
+
+def test_evaluating_again_encodes_nothing_and_changes_nothing(evaluated, benchmark_, retriever):
+    config, metrics = evaluated
+    again, encoded = evaluate(config, retriever, benchmark_, ("direct",))
+    assert encoded == 0
+    assert again == metrics
+
+
+def test_a_damaged_result_is_encoded_again(evaluated, benchmark_, retriever):
+    config, metrics = evaluated
+    query_set = benchmark_.query_sets[0]
+    path = epath.Path(config.run_dir) / "queries" / config.data.release / "direct" / f"{query_set.stem}.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    again, encoded = evaluate(config, retriever, benchmark_, ("direct",))
+    assert encoded == benchmark_.count(query_set)
+    assert {task: entry["local"] for task, entry in again["tasks"].items()} == {
+        task: entry["local"] for task, entry in metrics["tasks"].items()
+    }
+
+
+def test_indexes_of_another_checkpoint_are_refused(evaluated, benchmark_, retriever):
+    config, _ = evaluated
+    other = Retriever(
+        retriever.model, retriever.processor, retriever.config, retriever.mesh, step=7, identity=retriever.identity
+    )
+    with pytest.raises(MissingStageError, match="another checkpoint"):
+        evaluate(config, other, benchmark_)
+
+
+# ---- artifacts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_records_its_seconds_only_when_it_worked(tmp_path):
+    seconds = epath.Path(tmp_path) / "seconds.json"
+    with artifacts.stage(str(tmp_path), "embed"):
+        pass
+    assert set(artifacts.read_json(seconds)) == {"embed"}
+    artifacts.write_json(seconds, {"embed": 99.0})
+    with artifacts.stage(str(tmp_path), "embed") as stage:
+        stage.worked = False
+    assert artifacts.read_json(seconds) == {"embed": 99.0}
+    with pytest.raises(RuntimeError), artifacts.stage(str(tmp_path), "index"):
+        raise RuntimeError
+    assert artifacts.read_json(seconds) == {"embed": 99.0}
+
+
+def test_a_folder_of_another_mark_is_emptied(tmp_path):
+    folder = epath.Path(tmp_path) / "stage"
+    assert not artifacts.open_folder(folder, {"key": "a"})
+    artifacts.write_bytes(folder / "file", b"1")
+    assert artifacts.open_folder(folder, {"key": "a"})
+    assert (folder / "file").exists()
+    assert not artifacts.open_folder(folder, {"key": "b"})
+    assert not (folder / "file").exists()
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path) / "file"
+    artifacts.write_bytes(path, b"old")
+    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space"):
+        artifacts.write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+
+
+def test_configs_of_other_limits_have_other_keys(retriever):
+    config = dataclasses.replace(
+        retriever.config, evaluation=dataclasses.replace(retriever.config.evaluation, max_trace_tokens=1)
+    )
+    assert queries_key(config, retriever) != queries_key(retriever.config, retriever)

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from etils import epath
+
+from trace_jax.retrieval import index as index_module
+from trace_jax.retrieval.artifacts import MARK, MissingStageError
+from trace_jax.retrieval.index import SearchIndex, exact_search, kind_for, recall_against
+
+
+def vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def with_ties() -> np.ndarray:
+    x = vectors(50)
+    x[[7, 30, 49]] = x[3]
+    return x
+
+
+@pytest.mark.parametrize("chunk", [7, 50, 1000])
+def test_exact_search_ranks_ties_by_row(chunk):
+    x = with_ties()
+    queries = np.concatenate([x[3:4], vectors(9, seed=1)])
+    rows, scores = exact_search(queries, x, 10, chunk=chunk, query_chunk=4)
+    expected = np.argsort(-(queries @ x.T), axis=1, kind="stable")[:, :10]
+    assert rows[0, :4].tolist() == [3, 7, 30, 49]
+    np.testing.assert_array_equal(rows[1:], expected[1:])
+    np.testing.assert_allclose(scores, np.take_along_axis(queries @ x.T, rows, axis=1), atol=1e-6)
+    assert exact_search(queries, x[:4], 10, chunk=chunk)[0].shape == (10, 4)
+
+
+def test_an_index_comes_back_from_disk(tmp_path):
+    x, folder = with_ties(), epath.Path(tmp_path) / "pool"
+    ids = np.arange(50, dtype=np.int64) * 3
+    SearchIndex.build(x, ids, key="a").save(folder)
+    loaded = SearchIndex.load(folder, key="a")
+    rows, scores = loaded.search(x, 5)
+    expected, expected_scores = exact_search(x, x, 5)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+    np.testing.assert_array_equal(loaded.ids, ids)
+    assert loaded.search(x, 99)[0].shape == (50, 50)
+    assert loaded.about["kind"] == "exact"
+
+
+def test_a_missing_stale_or_torn_index_is_refused(tmp_path):
+    folder = epath.Path(tmp_path) / "pool"
+    with pytest.raises(MissingStageError, match="make quickstart"):
+        SearchIndex.load(folder)
+    SearchIndex.build(vectors(5), np.arange(5), key="a").save(folder)
+    with pytest.raises(MissingStageError, match="another checkpoint"):
+        SearchIndex.load(folder, key="b")
+    (folder / MARK).unlink()
+    with pytest.raises(MissingStageError, match="no index"):
+        SearchIndex.load(folder)
+
+
+def test_an_empty_pool_is_refused():
+    with pytest.raises(ValueError, match="without candidates"):
+        SearchIndex.build(np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+
+
+@pytest.mark.parametrize(("exact_below", "flat_below", "kind"), [(100, 10**6, "hashed"), (100, 200, "tree")])
+def test_larger_pools_are_searched_approximately(monkeypatch, exact_below, flat_below, kind):
+    monkeypatch.setattr(index_module, "EXACT_BELOW", exact_below)
+    monkeypatch.setattr(index_module, "FLAT_BELOW", flat_below)
+    centres = vectors(40, 32)
+    x = np.repeat(centres, 50, axis=0) + 0.3 * vectors(2000, 32, seed=2)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    assert kind_for(len(x)) == kind
+    rows, scores = SearchIndex.build(x, np.arange(2000)).search(centres, 10)
+    assert recall_against(rows, exact_search(centres, x, 10)[0]) > 0.9
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_kinds_follow_the_guidance_of_scann():
+    assert [kind_for(n) for n in (1, 19_999, 20_000, 99_999, 100_000)] == ["exact"] * 2 + ["hashed"] * 2 + ["tree"]
+
+
+def test_recall_against_a_reference():
+    assert recall_against(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]])) == 0.75
