@@ -27,7 +27,7 @@ config = Config(
         max_trace_tokens=48,
     ),
     loss=Loss(vocabulary_chunk=256),
-    optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
-    training=Training(steps=280, log_every=10, checkpoint_every=40),
+    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20),
+    training=Training(steps=230, log_every=10, checkpoint_every=40),
     evaluation=Evaluation(max_trace_tokens=48),
 )

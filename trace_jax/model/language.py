@@ -125,8 +125,8 @@ class Decoder(nnx.Module):
         )
         self.architecture = architecture
         self.scan_layers = scan_layers
-        self.remat = remat
-        self.backend = backend
+        self.remat: Remat = remat
+        self.backend: Backend = backend
 
     def _rotary(self, positions: Array) -> Rotary:
         return text_rotary(positions, self.architecture.mrope_section, self.architecture.rope_theta)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trace_jax.config import Lora
+from trace_jax.data import schema
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.attention import Backend
@@ -68,7 +69,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         """The images as visual tokens, in the order of the patches: [S, V * P / 4, D] in the compute dtype."""
         shards, rows, length, _ = inputs.patches.shape
 
-        def flat(x: Array) -> Array:
+        def flat(x: schema.Array) -> Array:
             return jnp.asarray(x).reshape(shards * rows, length, *x.shape[3:])
 
         features = self.vision(

@@ -77,8 +77,8 @@ class VisionEncoder(nnx.Module):
         )
         self.architecture = architecture
         self.scan_layers = scan_layers
-        self.remat = remat
-        self.backend = backend
+        self.remat: Remat = remat
+        self.backend: Backend = backend
 
     def __call__(self, patches: Array, positions: Array, image_segments: Array, window_segments: Array) -> Array:
         """[rows, P, patch_dim] float32, [rows, P, 2], [rows, P], [rows, P] int32 -> [rows, P, hidden].

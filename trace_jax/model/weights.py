@@ -50,7 +50,7 @@ class Source:
 
 def flat_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
     """Parameters by path, joined with "/"."""
-    return {"/".join(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    return {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
 def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
@@ -197,7 +197,7 @@ def load(
         arrays[path] = jax.make_array_from_callback(
             leaf.shape,
             placed[path],
-            lambda index, source=source, dtype=leaf.dtype: read(checkpoint, source, index, dtype),
+            lambda index, source=source, dtype=leaf.dtype: read(checkpoint, source, index or (), dtype),
         )
     if emb_token_id is not None:
         row = emb_token_id if init_emb_from is None else init_emb_from
