@@ -1,0 +1,101 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from trace_jax.data.pipeline import training_batches
+from trace_jax.data.tokenizer import Processor
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_config):
+    return Processor.from_hf(tiny_config.model.base, tiny_config.data)
+
+
+def keys(batch):
+    """The documents of a batch, whatever their order."""
+    return sorted(batch.document_key[batch.query_index >= 0].tolist())
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step(tiny_config, processor):
+    first = training_batches(tiny_config, processor, shards=2)
+    again = training_batches(tiny_config, processor, shards=2)
+    straight = first.from_step(0, 2)
+    resumed = again.from_step(3, 2)
+    for _ in range(3):
+        next(straight)
+    jax.tree.map(np.testing.assert_array_equal, next(straight), next(resumed))
+    other = dataclasses.replace(tiny_config, training=dataclasses.replace(tiny_config.training, seed=1))
+    assert keys(first.batches[0]) != keys(training_batches(other, processor, shards=2).batches[0])
+
+
+def test_hosts_share_the_same_global_batch(tiny_config, processor):
+    whole = training_batches(tiny_config, processor, shards=4)
+    parts = [training_batches(tiny_config, processor, shards=4, host=h, hosts=2) for h in range(2)]
+    for step in range(3):
+        together = sorted(sum((keys(part.batches[step]) for part in parts), []))
+        assert together == keys(whole.batches[step])
+        assert all(part.batches[step].task.shape[0] == 2 for part in parts)
+
+
+def test_tasks_are_balanced_in_every_batch(tiny_config, processor):
+    for step in range(3):
+        tasks, counts = np.unique(
+            training_batches(tiny_config, processor, shards=1).batches[step].task, return_counts=True
+        )
+        assert tasks.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
+        assert (counts == 2).all()
+
+
+def test_weights_choose_tasks_and_unknown_ones_are_named(tiny_config, processor):
+    def weighted(**weights):
+        data = dataclasses.replace(tiny_config.data, weights=weights)
+        return training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=1)
+
+    others = {"t2t": 0.0, "t2it": 0.0, "i2t": 0.0, "i2i": 0.0, "it2t": 0.0, "it2it": 0.0}
+    tasks = weighted(it2i=3.0, **others).batches[0].task
+    assert (tasks == 7).sum() == 12 and (tasks == 0).sum() == 4
+    with pytest.raises(ValueError, match="it2x"):
+        weighted(it2x=1.0)
+
+
+def test_targets_are_the_trace_and_then_emb(tiny_config, processor):
+    batch = training_batches(tiny_config, processor, shards=1).batches[0]
+    tokens = batch.inputs.tokens[0].reshape(-1)
+    reasoned = 0
+    for pair in np.flatnonzero(batch.query_index[0] >= 0):
+        first, last = batch.first_index[0, pair], batch.query_index[0, pair]
+        at = np.flatnonzero(
+            (batch.target_index[0] >= first) & (batch.target_index[0] <= last) & (batch.target_weight[0] > 0)
+        )
+        wanted = [*tokens[first + 1 : last + 1], processor.emb]
+        assert batch.target_token[0, at].tolist() == wanted
+        assert batch.reasoned[0, pair] == (last > first)
+        reasoned += last > first
+    assert 0 < reasoned < batch.query_index.size
+    assert not (tokens == processor.emb).any()
+
+
+def test_own_document_is_among_the_positives(tiny_config, processor):
+    batch = training_batches(tiny_config, processor, shards=1).batches[0]
+    assert (batch.positives == batch.document_key[..., None]).any(axis=-1).all()
+
+
+def test_a_batch_that_cannot_be_dealt_is_refused(tiny_config, processor):
+    with pytest.raises(ValueError, match="cannot be dealt"):
+        training_batches(tiny_config, processor, shards=3)
+
+
+def test_plain_contrastive_has_no_traces(tiny_config, processor):
+    data = dataclasses.replace(tiny_config.data, traces=False)
+    batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=1).batches[0]
+    assert not batch.reasoned.any()
+    assert batch.target_weight.sum() == (batch.query_index >= 0).sum()
+
+
+def test_generative_examples_close_with_the_end_of_the_turn(tiny_config, processor):
+    data = dataclasses.replace(tiny_config.data, source="generative")
+    batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=1).batches[0]
+    assert (batch.document_index == -1).all()
+    assert (batch.target_token == processor.end).sum() == (batch.query_index >= 0).sum()

@@ -1,0 +1,499 @@
+"""Any release folder in M-BEIR's layout -> two TFDS data sets in ArrayRecord, without TensorFlow.
+
+`mbeir_queries` has a split for each query file: "train" (the union of all training queries) and
+every file of query/val and query/test under its stem. `mbeir_candidates` has a split for each
+local pool and for the global training pool. The global pools of val and test are unions of local
+ones by did, and are not stored again. Pictures are stored as the encoded bytes of their files;
+qrels and instructions are read straight from the release.
+
+    build(release, folder)                     writes folder/records; folder/release is the release
+    load_queries(folder, "train")[0]           a plain dict, see `QueryRecord`
+    load_candidates(folder, "mbeir_emoji_task7_cand_pool")[0]
+    load_qrels(path), load_instructions(folder)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Generic, TypedDict, TypeVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.decode import DeserializeMethod
+from tensorflow_datasets.proto import tf_example_pb2
+from tqdm import tqdm
+
+VERSION = "1.0.0"
+QUERIES, CANDIDATES = "mbeir_queries", "mbeir_candidates"
+TRAIN_POOL = "mbeir_union_train_cand_pool"
+"""The split of the candidates that holds the positives of all training queries."""
+
+_MODALITIES = {"text": "text", "image": "image", "image,text": "image,text", "text,image": "image,text"}
+_TAILS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}
+
+
+class ReleaseError(ValueError):
+    """A release folder that cannot be built: the message names the file, the line and the mend."""
+
+
+class QueryRecord(TypedDict):
+    """One query. `image` is the encoded file, b"" if none; `query_txt` "" if none. `complex` says
+    that a trace (`reasoning`, then `answer`) belongs to it.
+    """
+
+    qid: str
+    query_txt: str
+    image: bytes
+    modality: str
+    task_id: int
+    dataset_id: int
+    pos_dids: list[str]
+    neg_dids: list[str]
+    complex: bool
+    reasoning: str
+    answer: str
+
+
+class CandidateRecord(TypedDict):
+    """One candidate: text, encoded picture or both (the missing one empty)."""
+
+    did: str
+    txt: str
+    image: bytes
+    modality: str
+
+
+class Trace(TypedDict):
+    """A line of cot/: empty strings where the query is simple."""
+
+    complex: bool
+    reasoning: str
+    answer: str
+
+
+_SIMPLE: Trace = {"complex": False, "reasoning": "", "answer": ""}
+
+
+# Reading the release --------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of every line of a jsonl file, with a bar that counts its bytes."""
+    bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.stem, leave=False, disable=None)
+    with path.open("rb") as file, bar:
+        for number, line in enumerate(file, 1):
+            bar.update(len(line))
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ReleaseError(
+                    f"{where}: not valid JSON ({error}); the file may be cut short: fetch it again"
+                ) from error
+            if not isinstance(record, dict):
+                raise ReleaseError(f"{where}: expected a JSON object, found {type(record).__name__}")
+            yield where, record
+
+
+def _field(record: dict[str, Any], name: str, where: str) -> Any:
+    if name not in record:
+        raise ReleaseError(f"{where}: the field {name!r} is missing; add it as M-BEIR's card tells")
+    return record[name]
+
+
+def _image(release: Path, relative: str | None, where: str) -> bytes:
+    """The encoded bytes of a picture, checked to be there and whole (by its first and last bytes)."""
+    if not relative:
+        return b""
+    path = release / relative
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ReleaseError(f"{where}: no picture {relative!r} under {release}; unpack mbeir_images there") from error
+    for head, tail in _TAILS.items():
+        if data.startswith(head) and tail not in data[-64:]:
+            raise ReleaseError(f"{where}: the picture {relative!r} is cut short; unpack it again")
+    if len(data) < 16:
+        raise ReleaseError(f"{where}: the picture {relative!r} is empty; unpack it again")
+    return data
+
+
+def _modality(record: dict[str, Any], name: str, txt: str, image: bytes, where: str) -> str:
+    stated = _field(record, name, where)
+    if stated not in _MODALITIES:
+        raise ReleaseError(f'{where}: {name} is {stated!r}; use "text", "image" or "image,text"')
+    modality = _MODALITIES[stated]
+    if ("text" in modality and not txt) or ("image" in modality and not image):
+        missing = "text" if not txt else "picture"
+        raise ReleaseError(f"{where}: {name} is {stated!r} but there is no {missing}; mend either")
+    return modality
+
+
+def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
+    """Candidate ids, given as strings or as {"did": ...}; null counts as none."""
+    found = []
+    for item in record.get(name) or []:
+        did = item.get("did") if isinstance(item, dict) else item
+        if not isinstance(did, str) or ":" not in did:
+            raise ReleaseError(f'{where}: {item!r} in {name} is no id like "7:341"')
+        found.append(did)
+    return found
+
+
+def _query(release: Path, where: str, record: dict[str, Any], traces: dict[str, Trace]) -> QueryRecord:
+    qid, task = _field(record, "qid", where), _field(record, "task_id", where)
+    if not isinstance(qid, str) or not re.fullmatch(r"\d+:\d+", qid):
+        raise ReleaseError(f'{where}: the qid {qid!r} is not of the form "<dataset_id>:<number>"')
+    if not isinstance(task, int) or not 0 <= task <= 8:
+        raise ReleaseError(f"{where}: task_id is {task!r}; M-BEIR's tasks are 0 to 8")
+    txt = record.get("query_txt") or ""
+    image = _image(release, record.get("query_img_path"), where)
+    trace = traces.get(qid, _SIMPLE)
+    return {
+        "qid": qid,
+        "query_txt": txt,
+        "image": image,
+        "modality": _modality(record, "query_modality", txt, image, where),
+        "task_id": task,
+        "dataset_id": int(qid.split(":")[0]),
+        "pos_dids": _dids(record, "pos_cand_list", where),
+        "neg_dids": _dids(record, "neg_cand_list", where),
+        "complex": trace["complex"],
+        "reasoning": trace["reasoning"],
+        "answer": trace["answer"],
+    }
+
+
+def _candidate(release: Path, where: str, record: dict[str, Any]) -> CandidateRecord:
+    txt = record.get("txt") or ""
+    image = _image(release, record.get("img_path"), where)
+    return {
+        "did": str(_field(record, "did", where)),
+        "txt": txt,
+        "image": image,
+        "modality": _modality(record, "modality", txt, image, where),
+    }
+
+
+def load_traces(release: Path, split: str) -> dict[str, Trace]:
+    """Qid -> trace, from every file of cot/<split>; empty if the release has none."""
+    traces: dict[str, Trace] = {}
+    for path in sorted((release / "cot" / split).glob("*_cot.jsonl")):
+        for where, record in _lines(path):
+            traces[_field(record, "qid", where)] = {
+                "complex": bool(_field(record, "complex", where)),
+                "reasoning": record.get("reasoning") or "",
+                "answer": record.get("answer") or "",
+            }
+    return traces
+
+
+def load_qrels(path: Path | str) -> dict[str, set[str]]:
+    """Qid -> dids of its right answers, from a qrels file (qid 0 did relevance task)."""
+    found: dict[str, set[str]] = {}
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            parts = line.split()
+            if len(parts) not in (4, 5):
+                raise ReleaseError(f"{path}, line {number}: expected 5 columns: qid 0 did 1 task_id")
+            if int(parts[3]) > 0:
+                found.setdefault(parts[0], set()).add(parts[2])
+    return found
+
+
+def load_instructions(folder: Path | str) -> dict[tuple[int, str, str], list[str]]:
+    """(dataset id, query modality, candidate modality) -> prompts, of folder/release."""
+    path = Path(folder) / "release/instructions/query_instructions.tsv"
+    found: dict[tuple[int, str, str], list[str]] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines()[1:], 2):
+        cells = line.split("\t")
+        if len(cells) < 5 or not cells[3].strip().isdigit():
+            raise ReleaseError(f"{path}, line {number}: expected 4 columns, then prompts, tab-separated")
+        query, candidate = (_MODALITIES.get(cell.strip(), cell.strip()) for cell in cells[:2])
+        found[int(cells[3]), query, candidate] = [p.strip() for p in cells[4:] if p.strip()]
+    return found
+
+
+def hash_qid(qid: str) -> int:
+    """M-BEIR's integer for a query id: dataset * 500,000 + number."""
+    dataset, number = qid.split(":")
+    return int(dataset) * 500_000 + int(number)
+
+
+def hash_did(did: str) -> int:
+    """M-BEIR's integer for a candidate id: dataset * 10,000,000 + number."""
+    dataset, number = did.split(":")
+    return int(dataset) * 10_000_000 + int(number)
+
+
+# Writing ArrayRecord --------------------------------------------------------------------------
+
+
+def split_name(stem: str) -> str:
+    """A file's stem as a split name that TFDS accepts."""
+    return re.sub(r"\W", "_", stem)
+
+
+def _query_files(release: Path) -> dict[str, tuple[Path, str]]:
+    """Split name -> (query file, the split that its traces are under)."""
+    union = release / "query/union_train/mbeir_union_up_train.jsonl"
+    found = {"train": (union, "train")} if union.exists() else {}
+    for split in ("val", "test"):
+        for path in sorted((release / "query" / split).glob("*.jsonl")):
+            found[split_name(path.stem)] = (path, split)
+    return found
+
+
+def _pool_files(release: Path) -> dict[str, Path]:
+    """Split name -> candidate file: every local pool, and the global pool of training."""
+    paths = sorted((release / "cand_pool/local").glob("*.jsonl"))
+    if (union := release / f"cand_pool/global/{TRAIN_POOL}.jsonl").exists():
+        paths.append(union)
+    return {split_name(path.stem): path for path in paths}
+
+
+_Examples = Iterator[tuple[int, dict[str, Any]]]
+_Index = dict[str, dict[str, list[Any]]]
+_TEXT = tfds.features.Text
+_BYTES = functools.partial(tfds.features.Tensor, shape=(), dtype=np.object_)
+_QUERY_FEATURES = {
+    "qid": _TEXT(),
+    "query_txt": _TEXT(),
+    "image": _BYTES(),
+    "modality": _TEXT(),
+    "task_id": np.int64,
+    "dataset_id": np.int64,
+    "pos_dids": tfds.features.Sequence(_TEXT()),
+    "neg_dids": tfds.features.Sequence(_TEXT()),
+    "complex": np.bool_,
+    "reasoning": _TEXT(),
+    "answer": _TEXT(),
+}
+_CANDIDATE_FEATURES = {"did": _TEXT(), "txt": _TEXT(), "image": _BYTES(), "modality": _TEXT()}
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What both builders share. `index` fills with each split's ids (and tasks) while it writes."""
+
+    VERSION = tfds.core.Version(VERSION)
+    features: dict[str, Any]
+
+    def __init__(self, release: Path, data_dir: Path) -> None:
+        self._release = release
+        self.index: _Index = {}
+        super().__init__(data_dir=str(data_dir), file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="A release in M-BEIR's layout: " + self.name,
+            features=tfds.features.FeaturesDict(self.features),
+            disable_shuffling=True,  # records keep the order of their file
+        )
+
+
+class MbeirQueries(_Builder, skip_registration=True):
+    """The queries of a release, each with its picture and, if it has one, its trace."""
+
+    name = QUERIES
+    features = _QUERY_FEATURES
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
+        del dl_manager
+        files = _query_files(self._release)
+        return {name: self._generate_examples(name, *file) for name, file in files.items()}
+
+    def _generate_examples(self, name: str, path: Path, split: str) -> _Examples:
+        traces = load_traces(self._release, split)
+        index = self.index[name] = {"keys": [], "tasks": []}
+        for number, (where, record) in enumerate(_lines(path)):
+            query = _query(self._release, where, record, traces)
+            index["keys"].append(query["qid"])
+            index["tasks"].append(query["task_id"])
+            yield number, dict(query)
+
+
+class MbeirCandidates(_Builder, skip_registration=True):
+    """The candidates of a release, one split a pool."""
+
+    name = CANDIDATES
+    features = _CANDIDATE_FEATURES
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
+        del dl_manager
+        files = _pool_files(self._release)
+        return {name: self._generate_examples(name, path) for name, path in files.items()}
+
+    def _generate_examples(self, name: str, path: Path) -> _Examples:
+        index = self.index[name] = {"keys": []}
+        for number, (where, record) in enumerate(_lines(path)):
+            candidate = _candidate(self._release, where, record)
+            index["keys"].append(candidate["did"])
+            yield number, dict(candidate)
+
+
+def fingerprint(release: Path) -> str:
+    """A digest of what the records are made from: names, sizes and ends of all the text files."""
+    digest = hashlib.sha256(VERSION.encode())
+    for folder in ("query", "cand_pool", "cot"):
+        for path in sorted((release / folder).rglob("*.jsonl")):
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                file.seek(max(0, size - 65536))
+                digest.update(f"{path.relative_to(release)} {size}".encode() + file.read())
+    return digest.hexdigest()
+
+
+def build(release: Path | str, folder: Path | str) -> bool:
+    """Writes folder/records from a release, unless they are there; says whether it had to.
+
+    Where the release lies elsewhere, folder/release becomes a link to it. Everything is written
+    beside its place and renamed at the very end. Raises ReleaseError for a release that is not in
+    M-BEIR's layout, with the file, the line and the mend.
+    """
+    release, folder = Path(release).resolve(), Path(folder)
+    if not _query_files(release) or not _pool_files(release):
+        raise ReleaseError(f"{release}: no query/ or cand_pool/local/ files; is this an M-BEIR release?")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "release").exists():
+        (folder / "release").symlink_to(release)
+    records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release)}
+    known = records / "stamp.json"
+    if known.exists() and json.loads(known.read_text("utf-8")) == stamp:
+        return False
+    partial = folder / "records.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tfds.disable_progress_bar()
+    for kind in (MbeirQueries, MbeirCandidates):
+        builder = kind(release, partial)
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads that there are none
+            builder.download_and_prepare()
+        for split, index in builder.index.items():
+            path = partial / kind.name / f"{split}.index.json"
+            path.write_text(json.dumps(index), "utf-8")
+    (partial / "stamp.json").write_text(json.dumps(stamp), "utf-8")
+    shutil.rmtree(records, ignore_errors=True)
+    partial.rename(records)
+    return True
+
+
+# Reading ArrayRecord --------------------------------------------------------------------------
+
+_parse = tf_example_pb2.Example.FromString  # pyright: ignore[reportAttributeAccessIssue]
+
+_Record = TypeVar("_Record")
+
+
+class Source(Generic[_Record]):
+    """Random access to the records of a split, for `grain.MapDataset.source`; can be pickled."""
+
+    def __init__(self, folder: Path, name: str, split: str, plain: Callable[[Any], _Record]) -> None:
+        self._directory, self._name, self._split, self._plain = folder / "records" / name, name, split, plain
+        if not (folder / "records/stamp.json").exists():
+            raise FileNotFoundError(f"{folder} holds no finished records: run launch/build_data.py")
+        known = sorted(path.name.removesuffix(".index.json") for path in self._directory.glob("*.json"))
+        if split not in known:
+            near = difflib.get_close_matches(split, known, 3, 0.4) or known
+            raise ValueError(f"no split {split!r} in {self._directory}: did you mean {', '.join(near)}?")
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        builder: Any = tfds.builder_from_directory(str(self._directory / VERSION))
+        # TFDS's own decoding of a record costs a third of a millisecond; parsing it here a tenth.
+        return builder.as_data_source(split=self._split, deserialize_method=DeserializeMethod.RAW_BYTES)
+
+    @functools.cached_property
+    def _index(self) -> dict[str, list[Any]]:
+        index = json.loads((self._directory / f"{self._split}.index.json").read_text("utf-8"))
+        return dict(index)
+
+    @property
+    def keys(self) -> list[str]:
+        """The qid or did of every record, in order, without reading the records."""
+        return self._index["keys"]
+
+    @property
+    def tasks(self) -> list[int]:
+        """The task id of every query, in order, without reading the records."""
+        return self._index["tasks"]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> _Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} in {self._name}/{self._split}")
+        example = _parse(self._source[int(index)])
+        return self._plain(example.features.feature)
+
+    def __getitems__(self, indices: list[int]) -> list[_Record]:
+        raw = self._source.__getitems__([int(index) for index in indices])
+        return [self._plain(_parse(r).features.feature) for r in raw]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_source", "_index")}
+
+    def __repr__(self) -> str:
+        return f"Source({self._name}/{self._split}, {len(self)} records)"
+
+
+def _bytes(record: Any, name: str) -> bytes:
+    return bytes(record[name].bytes_list.value[0])
+
+
+def _text(record: Any, name: str) -> str:
+    return _bytes(record, name).decode()
+
+
+def _number(record: Any, name: str) -> int:
+    return int(record[name].int64_list.value[0])
+
+
+def _texts(record: Any, name: str) -> list[str]:
+    return [value.decode() for value in record[name].bytes_list.value]
+
+
+def _plain_query(record: Any) -> QueryRecord:
+    return {
+        "qid": _text(record, "qid"),
+        "query_txt": _text(record, "query_txt"),
+        "image": _bytes(record, "image"),
+        "modality": _text(record, "modality"),
+        "task_id": _number(record, "task_id"),
+        "dataset_id": _number(record, "dataset_id"),
+        "pos_dids": _texts(record, "pos_dids"),
+        "neg_dids": _texts(record, "neg_dids"),
+        "complex": bool(_number(record, "complex")),
+        "reasoning": _text(record, "reasoning"),
+        "answer": _text(record, "answer"),
+    }
+
+
+def _plain_candidate(record: Any) -> CandidateRecord:
+    return {
+        "did": _text(record, "did"),
+        "txt": _text(record, "txt"),
+        "image": _bytes(record, "image"),
+        "modality": _text(record, "modality"),
+    }
+
+
+def load_queries(folder: Path | str, split: str) -> Source[QueryRecord]:
+    """The queries of a split: "train", or a file's stem such as "mbeir_emoji_task7_test"."""
+    return Source(Path(folder), QUERIES, split, _plain_query)
+
+
+def load_candidates(folder: Path | str, pool: str) -> Source[CandidateRecord]:
+    """The candidates of a pool: "train" (positives of training), or a file's stem such as
+    "mbeir_emoji_task7_cand_pool".
+    """
+    return Source(Path(folder), CANDIDATES, TRAIN_POOL if pool == "train" else pool, _plain_candidate)

@@ -1,0 +1,154 @@
+"""The generative corpus: on this the base model learns to see, to write, to edit and to know.
+
+Made from the cells of one split alone. A held-out (country, question) pair appears only as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from trace_jax.data.emoji.concepts import Emoji, countries, emojis, share, translations
+from trace_jax.data.emoji.edits import Edit, edits_of
+from trace_jax.data.emoji.questions import (
+    KINDS,
+    country_of,
+    fact,
+    name_questions,
+    one_of,
+    questions_of,
+    riddles_of,
+    strictest,
+    tool_sentence,
+)
+from trace_jax.data.emoji.wording import GENDERS, HANDS, PEOPLE, capital, clock_words
+from trace_jax.data.emoji.world import TRAINED, World
+
+Record = dict[str, str | None]
+
+_DESCRIBE = ("Describe the picture.", "What does the picture show?", "Write a caption.")
+_AGAIN = ("Say it in other words.", "Describe the picture in other words.")
+_PICTURE_EDITS = {"tone": 3, "concept": 4, "tone+concept": 5, "colour": 9, "shape": 2, "time": 12}
+_TEXT_EDITS = {"tone": 4, "concept": 4, "tone+concept": 6, "colour": 9, "shape": 2, "time": 12}
+
+
+def _sentence(text: str) -> str:
+    """A caption as an answer: as it is, with a full stop."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def _attributes(emoji: Emoji) -> Iterator[tuple[str, str]]:
+    """Small questions about what a picture shows, with their answers."""
+    if emoji.kind in ("person", "hand") and (emoji.tones or emoji.edit):
+        yield "What skin tone?", f"{emoji.tone or 'yellow'}."
+    if emoji.kind == "person":
+        if emoji.gender in GENDERS and emoji.edit != "age":
+            yield "Is it a woman or a man?", f"a {emoji.gender}."
+        if emoji.concept in PEOPLE and emoji.concept not in ("adult", "older"):
+            canonical = PEOPLE[emoji.concept][1]
+            if canonical[0] not in "=^+":
+                yield "Who is it?", f"{canonical}."
+            elif canonical[0] == "+" and emoji.edit in ("activity", "sport", "gesture"):
+                yield "What is this person doing?", f"{canonical[1:]}."
+    elif emoji.kind == "hand":
+        yield "What kind of hand?", f"{HANDS[emoji.concept][0]}."
+    elif emoji.kind in ("heart", "circle", "square"):
+        yield "What colour?", f"{emoji.value}."
+        yield "What shape?", f"a {emoji.concept}."
+    elif emoji.kind == "clock":
+        yield "What time is it?", f"{clock_words(int(emoji.value))}."
+    elif emoji.kind == "flag" and (country := country_of(emoji)) is not None:
+        yield "Which country's flag is it?", f"{country.name}."
+
+
+def _trace(edit: Edit) -> str:
+    return f"{edit.reasoning} {capital(edit.answer)}"
+
+
+def _chosen(world: World, emoji: Emoji, split: str, quota: dict[str, int], salt: str) -> Iterator[Edit]:
+    """Edits of an emoji that belong to a split and size, at most `quota` of each kind, by hash."""
+    counts: dict[str, int] = {}
+    edits = sorted(edits_of(emoji), key=lambda e: share(salt, e.source.cell, e.target.cell))
+    for edit in edits:
+        if strictest(edit.source.split, edit.target.split) != split or not world.of(edit.target, TRAINED):
+            continue
+        counts[edit.kind] = counts.get(edit.kind, 0) + 1
+        if counts[edit.kind] <= quota.get(edit.kind, 2):
+            yield edit
+
+
+def _seen(world: World, split: str) -> Iterator[tuple[str, str, str, str]]:
+    """(kind, picture, prompt, response) of everything told about a picture."""
+    for path in world.all(TRAINED):
+        emoji = world.clear(path)
+        if emoji is None or world.split(path) != split:
+            continue
+        first, second = emoji.captions[:2]
+        yield "caption", path, one_of(_DESCRIBE, path), _sentence(first)
+        yield "words", path, one_of(_AGAIN, path), _sentence(second)
+        for prompt, response in _attributes(emoji):
+            yield "attribute", path, prompt, response
+        for edit in _chosen(world, emoji, split, _PICTURE_EDITS, path):
+            if path not in world.of(edit.target, TRAINED):
+                yield "edit", path, capital(_sentence(edit.text(path))), _trace(edit)
+        for question in questions_of(emoji):
+            if strictest(question.split, emoji.split) == split:
+                answer = f"{question.reasoning} {question.sentence}"
+                for text in question.texts:
+                    yield "question", path, text, answer
+
+
+def _read(world: World, split: str) -> Iterator[tuple[str, str, str]]:
+    """(kind, prompt, response) of everything learnt from text alone."""
+    for emoji in world.emojis:
+        if emoji.split != split:
+            continue
+        first, *others = emoji.captions
+        for other in others:
+            if emoji.kind != "thing":
+                yield "read", f"{_sentence(capital(other))} In short?", _sentence(first)
+        yield "read", f"{_sentence(capital(first))} In other words?", _sentence(others[0])
+        for text in dict.fromkeys(translations()[emoji.text]):
+            yield "read", f"{_sentence(capital(text))} In English?", _sentence(first)
+        for edit in _chosen(world, emoji, split, _TEXT_EDITS, "text"):
+            ask = capital(_sentence(edit.text("read")))
+            yield "text edit", f"{_sentence(capital(first))} {ask}", _trace(edit)
+        for riddle in riddles_of(emoji):
+            if riddle.split == split:
+                answer = f"{riddle.reasoning} {capital(riddle.sentence)}"
+                for text in riddle.texts:
+                    yield "riddle", _sentence(capital(text)), answer
+    if split == "train":
+        yield from _facts(world)
+
+
+def _facts(world: World) -> Iterator[tuple[str, str, str]]:
+    """Facts, read in text: every country of this size, whether or not a question is held out."""
+    shown = {e.concept for e in world.emojis if e.kind == "flag"}
+    for country in countries().values():
+        if country.iso in shown:
+            for kind in KINDS:
+                for prompt in name_questions(country, kind):
+                    yield "fact", prompt, fact(country, kind)
+            card = " ".join(fact(country, kind) for kind in KINDS)
+            yield "fact", f"Tell me about {country.name}.", card
+    for concept in dict.fromkeys(e.concept for e in emojis() if e.kind == "person"):
+        if (sentence := tool_sentence(concept)) is not None:
+            who, verb, _ = re.split(r" (works with|needs) ", sentence)
+            asked = verb.replace("works", "work").replace("needs", "need")
+            yield "fact", f"What does {who[0].lower()}{who[1:]} {asked}?", sentence
+
+
+def corpus(world: World, split: str) -> Iterator[Record]:
+    """The generative records of a split: {"id", "kind", "img_path" or None, "prompt", "response"}."""
+    told = [(kind, path, ask, reply) for kind, path, ask, reply in _seen(world, split)]
+    told += [(kind, "", ask, reply) for kind, ask, reply in _read(world, split)]
+    unique = dict.fromkeys(told)
+    for number, (kind, path, prompt, response) in enumerate(unique, 1):
+        yield {
+            "id": f"{split}:{number}",
+            "kind": kind,
+            "img_path": path or None,
+            "prompt": prompt,
+            "response": capital(response),
+        }

@@ -1,0 +1,270 @@
+"""From a release on disk to batches: which example comes when, and how a batch is packed.
+
+The order is a pure function of (seed, step): step s holds the mixed examples [s*B, (s+1)*B) whatever the number of
+hosts, so the step number alone is the data position. Each task is shuffled anew every epoch and the tasks are mixed
+by weight (the paper's task-aware sampling), so every batch holds the same share of each.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+
+import grain
+import numpy as np
+
+from trace_jax.config import Config
+from trace_jax.data import instructions
+from trace_jax.data.builders import mbeir
+from trace_jax.data.processor import Sequence, first_fit, pack, stack_shards
+from trace_jax.data.schema import TASKS, Batch, Document, Example, Query
+from trace_jax.data.tokenizer import Processor, append
+
+MEASURED_BATCHES = 4  # batches looked at to choose the static shapes
+SLACK = 1.06  # room above the fullest of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The static shapes of one shard's part of a batch."""
+
+    pairs: int  # B
+    rows: int  # R
+    patch_rows: int  # V
+    targets: int  # T
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenized:
+    """An example as token sequences; the query holds its prompt, then its trace."""
+
+    example: Example
+    query: Sequence
+    prompt: int  # tokens of the query before the trace
+    targets: list[int]  # what the states from the prompt's last token on shall predict; empty: not supervised
+    document: Sequence | None
+
+    @property
+    def size(self) -> int:
+        """Tokens and patches: what the pair costs."""
+        return sum(len(s) + sum(len(image.values) for image in s.images) for s in self.sequences)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The query, and the document where there is one."""
+        return [self.query] if self.document is None else [self.query, self.document]
+
+
+def retrieval_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]:
+    """The training pairs of each task of a release in M-BEIR's layout, shuffled and repeated without end.
+
+    Every draw takes a random positive and one of the four instructions, as M-BEIR trains.
+    """
+    folder = pathlib.Path(config.data.root) / config.data.release
+    queries = mbeir.load_queries(folder, "train")
+    candidates = mbeir.load_candidates(folder, mbeir.TRAIN_POOL)
+    place = {did: row for row, did in enumerate(candidates.keys)}
+    prompts = mbeir.load_instructions(folder)
+
+    def draw(record: dict, rng: np.random.Generator) -> Example:
+        did = record["pos_dids"][rng.integers(len(record["pos_dids"]))]
+        candidate = candidates[place[did]]
+        choices = prompts[record["dataset_id"], record["modality"], candidate["modality"]]
+        return Example(
+            query=Query(record["query_txt"], record["image"] or None, choices[rng.integers(len(choices))]),
+            document=Document(candidate["txt"], candidate["image"] or None),
+            target=f"{record['reasoning']} {record['answer']}".strip() if config.data.traces else "",
+            task=record["task_id"],
+            document_key=mbeir.hash_did(did),
+            positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
+            name=record["qid"],
+        )
+
+    rows = collections.defaultdict(list)
+    for row, task in enumerate(queries.tasks):
+        rows[TASKS[task]].append(row)
+    return {name: _endless(_Rows(queries, at), seed, name, draw) for name, at in rows.items()}
+
+
+def generative_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]:
+    """The prompts and responses of each kind in the release's generative corpus, shuffled and repeated."""
+    release = pathlib.Path(config.data.root) / config.data.release / "release"
+    kinds = collections.defaultdict(list)
+    with (release / "generative" / "train.jsonl").open() as lines:
+        for line in lines:
+            record = json.loads(line)
+            kinds[record["kind"]].append(record)
+    images: dict[str, bytes] = {}
+
+    def draw(record: dict, rng: np.random.Generator) -> Example:
+        del rng  # nothing to draw: one prompt, one response
+        path = record["img_path"]
+        if path and path not in images:
+            images[path] = (release / path).read_bytes()
+        query = Query(record["prompt"], images[path] if path else None)
+        return Example(query, None, record["response"], task=-1, name=str(record["id"]))
+
+    return {kind: _endless(records, seed, kind, draw) for kind, records in sorted(kinds.items())}
+
+
+class _Rows:
+    """Some rows of a random-access source."""
+
+    def __init__(self, source: SequenceOf[dict], rows: list[int]) -> None:
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[self._rows[index]]
+
+
+def _endless(source: object, seed: int, name: str, draw: Callable) -> grain.MapDataset:
+    """Shuffles a source anew every epoch, without end; each task has a seed of its own."""
+    own_seed = (seed + zlib.crc32(name.encode())) % 2**31
+    return grain.MapDataset.source(source).seed(own_seed).shuffle().repeat().random_map(draw)
+
+
+def tokenize(example: Example, processor: Processor, config: Config) -> Tokenized:
+    """Turns an example into sequences and targets; the closing token is <|emb|>, or <|im_end|> without a document."""
+    if example.document is None:
+        system = instructions.assistant_prompt(processor.prompts)
+        prompt = processor.chat(system, example.query.text, example.query.image, example.name)
+        closing, document = processor.end, None
+    else:
+        prompt = processor.query(example.query, example.name)
+        closing, document = processor.emb, processor.document(example.document, example.name)
+    trace = processor.encode(example.target)[: config.data.max_trace_tokens] if example.target else []
+    supervised = bool(trace) or config.loss.supervise_emb
+    return Tokenized(example, append(prompt, trace), len(prompt), [*trace, closing] if supervised else [], document)
+
+
+def pack_batch(
+    examples: list[Tokenized], shards: int, capacity: Capacity, processor: Processor, config: Config
+) -> Batch:
+    """Deals examples to shards and packs each shard. A pair that finds no room is left out (index -1)."""
+    parts = [_pack_shard(hand, capacity, processor, config) for hand in _deal(examples, shards)]
+    fields = {name: np.stack([part[name] for part in parts]) for name in parts[0] if name != "inputs"}
+    return Batch(inputs=stack_shards([part["inputs"] for part in parts]), **fields)
+
+
+def _deal(examples: list[Tokenized], shards: int) -> list[list[Tokenized]]:
+    """Deals by size, largest first, back and forth, so that no device idles on rows poor in images or text."""
+    by_size = sorted(range(len(examples)), key=lambda i: (-examples[i].size, i))
+    hands: list[list[Tokenized]] = [[] for _ in range(shards)]
+    for turn, i in enumerate(by_size):
+        round_, seat = divmod(turn, shards)
+        hands[shards - 1 - seat if round_ % 2 else seat].append(examples[i])
+    return hands
+
+
+def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Processor, config: Config) -> dict:
+    data = config.data
+    packed = pack(
+        [sequence for example in examples for sequence in example.sequences],
+        processor.geometry,
+        rows=capacity.rows,
+        row_length=data.row_length,
+        patch_rows=capacity.patch_rows,
+        patch_row_length=data.patch_row_length,
+        pad_token=processor.pad,
+    )
+    pairs, targets = capacity.pairs, capacity.targets
+    out = {
+        "inputs": packed.inputs,
+        "query_index": np.full(pairs, -1, np.int32),
+        "document_index": np.full(pairs, -1, np.int32),
+        "document_key": np.full(pairs, -1, np.int32),
+        "positives": np.full((pairs, data.max_positives), -1, np.int32),
+        "task": np.full(pairs, -1, np.int32),
+        "reasoned": np.zeros(pairs, bool),
+        "first_index": np.full(pairs, -1, np.int32),
+        "target_index": np.zeros(targets, np.int32),
+        "target_token": np.zeros(targets, np.int32),
+        "target_weight": np.zeros(targets, np.float32),
+    }
+    starts, used = iter(packed.starts), 0
+    for i, item in enumerate(examples):
+        places = [int(next(starts)) for _ in item.sequences]
+        if min(places) < 0 or used + len(item.targets) > targets:
+            continue
+        first = places[0] + item.prompt - 1
+        out["first_index"][i] = first
+        out["query_index"][i] = places[0] + len(item.query) - 1
+        out["task"][i] = item.example.task
+        out["reasoned"][i] = len(item.query) > item.prompt
+        if item.document is not None:
+            out["document_index"][i] = places[1] + len(item.document) - 1
+            out["document_key"][i] = item.example.document_key
+            known = item.example.positives[: data.max_positives]
+            out["positives"][i, : len(known)] = known
+        at = slice(used, used + len(item.targets))
+        out["target_index"][at] = first + np.arange(len(item.targets))
+        out["target_token"][at] = item.targets
+        out["target_weight"][at] = 1
+        used += len(item.targets)
+    return out
+
+
+def measure_capacity(examples: grain.MapDataset, shards: int, config: Config) -> Capacity:
+    """Chooses static shapes from the first batches: a pure function of the data and the seed, the same on all hosts."""
+    data = config.data
+    rows = patch_rows = targets = 1
+    for batch in range(MEASURED_BATCHES):
+        for hand in _deal([examples[batch * data.batch_size + i] for i in range(data.batch_size)], shards):
+            sequences = [sequence for item in hand for sequence in item.sequences]
+            images = [len(image.values) for sequence in sequences for image in sequence.images]
+            rows = max(rows, 1 + max(first_fit([len(sequence) for sequence in sequences], data.row_length)))
+            patch_rows = max(patch_rows, 1 + max(first_fit(images, data.patch_row_length), default=0))
+            targets = max(targets, sum(len(item.targets) for item in hand))
+    chunk = config.loss.vocabulary_chunk
+    return Capacity(
+        pairs=data.batch_size // shards,
+        rows=data.rows or math.ceil(rows * SLACK),
+        patch_rows=data.patch_rows or math.ceil(patch_rows * SLACK),
+        targets=math.ceil(targets * SLACK**2 / chunk) * chunk,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Batches of this host, by step."""
+
+    batches: grain.MapDataset
+    capacity: Capacity
+
+    def from_step(self, step: int, prefetch: int) -> Iterator[Batch]:
+        """Yields the host's part of batches step, step + 1, ... made ahead in threads."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=prefetch)
+        return iter(self.batches[step:].to_iter_dataset(options))
+
+
+def training_batches(config: Config, processor: Processor, *, shards: int, host: int = 0, hosts: int = 1) -> Pipeline:
+    """The training batches of one host of `hosts`, whose devices form shards/hosts of the `shards` shards.
+
+    Raises ValueError when the batch cannot be dealt evenly.
+    """
+    data = config.data
+    if data.batch_size % shards or shards % hosts:
+        raise ValueError(f"a batch of {data.batch_size} cannot be dealt to {shards} shards on {hosts} hosts")
+    sources = {"retrieval": retrieval_examples, "generative": generative_examples}
+    examples = sources[data.source](config, config.training.seed)
+    unknown = set(data.weights) - set(examples)
+    if unknown:
+        raise ValueError(f"data.weights: no {sorted(unknown)} in {data.release}; there are {sorted(examples)}")
+    weights = {name: data.weights.get(name, 1.0) for name in examples}
+    chosen = [name for name in examples if weights[name] > 0]
+    mixed = grain.MapDataset.mix([examples[name] for name in chosen], weights=[weights[name] for name in chosen])
+    tokenized = mixed.map(lambda example: tokenize(example, processor, config))
+    capacity = measure_capacity(tokenized, shards, config)
+    parts = tokenized.batch(
+        data.batch_size // hosts,
+        drop_remainder=True,
+        batch_fn=lambda items: pack_batch(items, shards // hosts, capacity, processor, config),
+    )
+    return Pipeline(parts[host::hosts], capacity)

@@ -1,0 +1,281 @@
+"""Images and packing on the host, in numpy: resize, patches in window order, M-RoPE positions, packed rows.
+
+Follows Qwen2.5-VL's reference rules: sides are rounded to whole merge units within [min_pixels, max_pixels], patches
+are grouped in merge units of 2x2, units in attention windows, windows row by row. Everything that depends on the data
+is decided here, so that the compiled program sees static shapes only.
+"""
+
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trace_jax.data.schema import Inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How an image becomes patches. Sizes in pixels; `mean` and `std` per RGB channel of values in [0, 1]."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    window_size: int = 112
+    min_pixels: int = 4 * 28 * 28
+    max_pixels: int = 300 * 28 * 28
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def patch_dim(self) -> int:
+        """Length of a flattened patch: channels x temporal x height x width."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that the projector merges into one visual token."""
+        return self.merge_size**2
+
+    @classmethod
+    def from_hf(cls, folder: str | pathlib.Path, *, min_pixels: int, max_pixels: int) -> "Geometry":
+        """Reads config.json and preprocessor_config.json of a Hugging Face folder; the pixel limits are ours."""
+        folder = pathlib.Path(folder)
+        vision = json.loads((folder / "config.json").read_text())["vision_config"]
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
+        return cls(
+            patch_size=vision["patch_size"],
+            temporal_patch_size=vision["temporal_patch_size"],
+            merge_size=vision["spatial_merge_size"],
+            window_size=vision["window_size"],
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """One image, ready for the vision encoder; n patches in window order."""
+
+    values: np.ndarray  # [n, patch_dim] float32
+    positions: np.ndarray  # [n, 2] int32: row and column in the patch grid
+    windows: np.ndarray  # [n] int32: 0, 1, ... the attention window
+    slots: np.ndarray  # [n / merge_unit] int32: for each visual token in reading order, its merged patch
+    grid: tuple[int, int]  # visual tokens down and across
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One tokenised text with its images; l tokens."""
+
+    tokens: np.ndarray  # [l] int32, one <|image_pad|> per visual token
+    positions: np.ndarray  # [l, 3] int32
+    images: tuple[Patches, ...] = ()
+    is_visual: np.ndarray | None = None  # [l] bool: the placeholders
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def decode_image(data: bytes, name: str = "image") -> np.ndarray:
+    """Decodes an image file to [height, width, 3] uint8, upright, transparency on white.
+
+    Raises ValueError, naming `name`, when the bytes are no image, are cut off, or unpack to a decompression bomb.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > 100_000_000:
+            raise ValueError(f"{name}: {image.width}x{image.height} pixels is over the limit of 100 million")
+        image.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return np.asarray(image.convert("RGB"))
+
+
+def fit_size(height: int, width: int, geometry: Geometry) -> tuple[int, int]:
+    """The (height, width) in pixels that an image is resized to: whole merge units, area within the limits.
+
+    Raises ValueError for sides of more than 200:1, which the reference refuses too.
+    """
+    factor = geometry.patch_size * geometry.merge_size
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width}x{height} pixels is longer than 200:1; crop it")
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > geometry.max_pixels:
+        scale = math.sqrt(height * width / geometry.max_pixels)
+        rows = max(factor, math.floor(height / scale / factor) * factor)
+        columns = max(factor, math.floor(width / scale / factor) * factor)
+    elif rows * columns < geometry.min_pixels:
+        scale = math.sqrt(geometry.min_pixels / (height * width))
+        rows = math.ceil(height * scale / factor) * factor
+        columns = math.ceil(width * scale / factor) * factor
+    return rows, columns
+
+
+@functools.lru_cache(maxsize=4096)
+def _window_order(rows: int, columns: int, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For a grid of visual tokens: the order of patches, their positions, and their windows (all read-only)."""
+    merge, side = geometry.merge_size, geometry.window_size // geometry.merge_size // geometry.patch_size
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    window = (row // side) * math.ceil(columns / side) + column // side
+    order = np.argsort(window, kind="stable")  # visual tokens, window by window
+    inner_row, inner_column = np.divmod(np.arange(merge * merge), merge)
+    positions = np.stack(
+        [
+            (row[order, None] * merge + inner_row).reshape(-1),
+            (column[order, None] * merge + inner_column).reshape(-1),
+        ],
+        axis=1,
+    ).astype(np.int32)
+    windows = np.repeat(window[order], merge * merge).astype(np.int32)
+    slots = np.empty_like(order)
+    slots[order] = np.arange(rows * columns)
+    return positions, windows, slots.astype(np.int32)
+
+
+def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
+    """[height, width, 3] uint8 -> patches in window order, normalised, the frame repeated along time."""
+    height, width = fit_size(image.shape[0], image.shape[1], geometry)
+    if (height, width) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    size, merge = geometry.patch_size, geometry.merge_size
+    rows, columns = height // size // merge, width // size // merge
+    positions, windows, slots = _window_order(rows, columns, geometry)
+    pixels = image.astype(np.float32) * np.float32(1 / 255)
+    pixels = (pixels - np.asarray(geometry.mean, np.float32)) / np.asarray(geometry.std, np.float32)
+    grid = pixels.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
+    patches = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x]
+    values = np.repeat(patches[:, :, None], geometry.temporal_patch_size, axis=2)
+    return Patches(values.reshape(len(positions), -1), positions, windows, slots, (rows, columns))
+
+
+def rope_positions(is_visual: np.ndarray, grids: SequenceOf[tuple[int, int]]) -> np.ndarray:
+    """M-RoPE positions [l, 3] of a sequence whose placeholders `is_visual` [l] belong to `grids`, in order.
+
+    Text counts on by one in all three components; an image holds time still and counts rows and columns; the text
+    after it goes on from the largest position used.
+    """
+    positions = np.empty((len(is_visual), 3), np.int32)
+    at, next_position = 0, 0
+    starts = np.flatnonzero(is_visual)
+    for rows, columns in grids:
+        start = int(starts[starts >= at][0])
+        text = start - at
+        positions[at:start] = (next_position + np.arange(text))[:, None]
+        next_position += text
+        row, column = np.divmod(np.arange(rows * columns), columns)
+        positions[start : start + rows * columns] = next_position + np.stack([0 * row, row, column], axis=1)
+        at, next_position = start + rows * columns, next_position + max(rows, columns)
+    positions[at:] = (next_position + np.arange(len(is_visual) - at))[:, None]
+    return positions
+
+
+def first_fit(lengths: SequenceOf[int], capacity: int, rows: int | None = None) -> list[int]:
+    """Assigns each length to a row, longest first, into the first row with room; -1 where no row is left.
+
+    `rows` limits how many rows may be opened. Raises ValueError when a length is over the capacity.
+    """
+    assigned, room = [-1] * len(lengths), []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > capacity:
+            raise ValueError(f"{lengths[i]} do not fit into a row of {capacity}; raise the row length")
+        row = next((r for r, free in enumerate(room) if free >= lengths[i]), None)
+        if row is None:
+            if rows is not None and len(room) == rows:
+                continue
+            room.append(capacity)
+            row = len(room) - 1
+        room[row] -= lengths[i]
+        assigned[i] = row
+    return assigned
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of one shard, without the leading S, and where each sequence went."""
+
+    inputs: Inputs
+    starts: np.ndarray  # [sequences] int32: flat slot of the first token; -1 where the sequence found no room
+
+
+def pack(
+    sequences: SequenceOf[Sequence],
+    geometry: Geometry,
+    *,
+    rows: int,
+    row_length: int,
+    patch_rows: int,
+    patch_row_length: int,
+    pad_token: int,
+) -> Packed:
+    """Packs sequences into `rows` x `row_length` tokens and their images into `patch_rows` x `patch_row_length`.
+
+    A sequence that finds no room, or whose images find none, is left out as a whole (start -1). Raises ValueError
+    when one is longer than a row or an image larger than a vision row.
+    """
+    unit = geometry.merge_unit
+    owners = [i for i, sequence in enumerate(sequences) for _ in sequence.images]
+    image_rows = first_fit(
+        [len(image.values) for sequence in sequences for image in sequence.images], patch_row_length, patch_rows
+    )
+    unplaced = {owner for owner, row in zip(owners, image_rows, strict=True) if row < 0}
+    fits = [i for i in range(len(sequences)) if i not in unplaced]
+    text_rows = dict(zip(fits, first_fit([len(sequences[i]) for i in fits], row_length, rows), strict=True))
+
+    tokens = np.full((rows, row_length), pad_token, np.int32)
+    segments = np.zeros((rows, row_length), np.int32)
+    positions = np.zeros((rows, row_length, 3), np.int32)
+    visual_index = np.full((rows, row_length), -1, np.int32)
+    patches = np.zeros((patch_rows, patch_row_length, geometry.patch_dim), np.float32)
+    patch_positions = np.zeros((patch_rows, patch_row_length, 2), np.int32)
+    image_segments = np.zeros((patch_rows, patch_row_length), np.int32)
+    window_segments = np.zeros((patch_rows, patch_row_length), np.int32)
+    starts = np.full(len(sequences), -1, np.int32)
+    used, count = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+    patches_used, images, windows = (np.zeros(patch_rows, np.int32) for _ in range(3))
+
+    image_row = iter(image_rows)
+    for i, sequence in enumerate(sequences):
+        placed_images = [next(image_row) for _ in sequence.images]
+        row = text_rows.get(i, -1)
+        if row < 0:
+            continue
+        at = slice(used[row], used[row] + len(sequence))
+        count[row] += 1
+        tokens[row, at], segments[row, at], positions[row, at] = sequence.tokens, count[row], sequence.positions
+        slots = []
+        for image, patch_row in zip(sequence.images, placed_images, strict=True):
+            first, n = int(patches_used[patch_row]), len(image.values)
+            there = slice(first, first + n)
+            images[patch_row] += 1
+            patches[patch_row, there], patch_positions[patch_row, there] = image.values, image.positions
+            image_segments[patch_row, there] = images[patch_row]
+            window_segments[patch_row, there] = image.windows + 1 + windows[patch_row]
+            windows[patch_row] += image.windows.max() + 1
+            slots.append((patch_row * patch_row_length + first) // unit + image.slots)
+            patches_used[patch_row] += n
+        if slots:
+            visual_index[row, at][sequence.is_visual] = np.concatenate(slots)
+        starts[i] = row * row_length + used[row]
+        used[row] += len(sequence)
+    return Packed(
+        Inputs(tokens, segments, positions, visual_index, patches, patch_positions, image_segments, window_segments),
+        starts,
+    )
+
+
+def stack_shards(shards: SequenceOf[Inputs]) -> Inputs:
+    """Gives the arrays of equally shaped shards their leading axis S."""
+    return Inputs(*(np.stack(arrays) for arrays in zip(*shards, strict=True)))

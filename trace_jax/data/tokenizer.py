@@ -1,0 +1,135 @@
+"""From queries, documents and traces to token sequences in Qwen2.5-VL's chat format.
+
+A prompt ends where the assistant's turn begins. What the model writes there is the target: the trace, then `<|emb|>`.
+`<|emb|>` itself is never read: the state that predicts it is the embedding, and nothing comes after it.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+import transformers
+
+from trace_jax.config import Data
+from trace_jax.data import instructions
+from trace_jax.data.processor import Geometry, Patches, Sequence, decode_image, patchify, rope_positions
+from trace_jax.data.schema import Document, Query
+
+EMB = "<|emb|>"
+
+
+class TextTooLongError(ValueError):
+    """A user's text is over the limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """The tokenizer and the image geometry of one base model. Made by `Processor.from_hf`."""
+
+    tokenizer: transformers.PreTrainedTokenizerFast
+    geometry: Geometry
+    prompts: str
+    max_text_tokens: int
+
+    @classmethod
+    def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
+        """Loads the tokenizer of a Hugging Face folder and adds `<|emb|>` as its next token."""
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
+        geometry = Geometry.from_hf(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+        return cls(tokenizer, geometry, data.prompts, data.max_text_tokens)
+
+    def id_of(self, token: str) -> int:
+        """The id of one special token. Raises ValueError when the tokenizer does not have it."""
+        index = self.tokenizer.convert_tokens_to_ids(token)
+        if index is None or index == self.tokenizer.unk_token_id:
+            raise ValueError(f"the tokenizer has no token {token!r}: is the base a Qwen2.5-VL?")
+        return index
+
+    @functools.cached_property
+    def emb(self) -> int:
+        """Id of `<|emb|>`."""
+        return self.id_of(EMB)
+
+    @functools.cached_property
+    def end(self) -> int:
+        """Id of `<|im_end|>`, which ends a turn."""
+        return self.id_of("<|im_end|>")
+
+    @functools.cached_property
+    def pad(self) -> int:
+        """Id of the padding token."""
+        return self.id_of("<|endoftext|>")
+
+    @functools.cached_property
+    def image_pad(self) -> int:
+        """Id of the placeholder of a visual token."""
+        return self.id_of("<|image_pad|>")
+
+    def encode(self, text: str) -> list[int]:
+        """Plain tokens of a text; special tokens written inside it are taken as ordinary characters."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, tokens: np.ndarray | list[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (a processor lives as long as the program)
+    def _format(self, markup: str) -> tuple[int, ...]:
+        """Tokens of our own markup, in which special tokens are meant."""
+        return tuple(self.tokenizer.encode(markup, add_special_tokens=False))
+
+    def chat(self, system: str, text: str, image: bytes | None, name: str = "", *, cut: bool = True) -> Sequence:
+        """The prompt of one user turn: the image, then the text, up to where the assistant begins.
+
+        `cut` shortens a text of over `max_text_tokens` tokens; otherwise it raises TextTooLongError.
+        """
+        words = self.encode(text)
+        if len(words) > self.max_text_tokens:
+            if not cut:
+                raise TextTooLongError(
+                    f"{name or 'text'}: {len(words)} tokens; the limit is {self.max_text_tokens}"
+                    " (--data.max-text-tokens)"
+                )
+            words = words[: self.max_text_tokens]
+        images: tuple[Patches, ...] = ()
+        tokens = list(self._format(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
+        if image is not None:
+            images = (self.patches(image, name),)
+            rows, columns = images[0].grid
+            tokens += [self.id_of("<|vision_start|>"), *[self.image_pad] * (rows * columns)]
+            tokens += [self.id_of("<|vision_end|>")]
+        tokens += words
+        tokens += self._format("<|im_end|>\n<|im_start|>assistant\n")
+        ids = np.asarray(tokens, np.int32)
+        is_visual = ids == self.image_pad
+        return Sequence(ids, rope_positions(is_visual, [p.grid for p in images]), images, is_visual)
+
+    def patches(self, image: bytes, name: str = "") -> Patches:
+        """Decodes and cuts up an encoded image."""
+        return patchify(decode_image(image, name or "image"), self.geometry)
+
+    def query(self, query: Query, name: str = "", *, cut: bool = True) -> Sequence:
+        """The prompt of a query (paper, supplement Fig. 5), with its M-BEIR instruction."""
+        system = instructions.query_prompt(self.prompts, bool(query.text), query.image is not None)
+        text = instructions.format_query(query.instruction, query.text)
+        return self.chat(system, text, query.image, name, cut=cut)
+
+    def document(self, document: Document, name: str = "", *, cut: bool = True) -> Sequence:
+        """The prompt of a candidate, which never reasons."""
+        system = instructions.document_prompt(self.prompts, bool(document.text), document.image is not None)
+        return self.chat(system, instructions.format_string(document.text), document.image, name, cut=cut)
+
+
+def append(sequence: Sequence, tokens: list[int]) -> Sequence:
+    """A sequence that goes on with text tokens."""
+    more = np.asarray(tokens, np.int32)
+    next_position = sequence.positions[-1].max() + 1
+    positions = np.repeat((next_position + np.arange(len(more), dtype=np.int32))[:, None], 3, axis=1)
+    return Sequence(
+        np.concatenate([sequence.tokens, more]),
+        np.concatenate([sequence.positions, positions]),
+        sequence.images,
+        np.concatenate([sequence.is_visual, np.zeros(len(more), bool)]),
+    )
