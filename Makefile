@@ -5,6 +5,7 @@ CONFIG ?= emoji_tiny
 RELEASE ?= emoji_small
 
 # XLA:CPU allocates its temporaries anew each step: kept in the heap, on huge pages, they cost no page faults.
+export TRANSFORMERS_VERBOSITY := error
 export GLIBC_TUNABLES := glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.top_pad=268435456
 
 .PHONY: quickstart test test-all check base clean

@@ -24,10 +24,11 @@ config = Config(
         min_pixels=14 * 14,
         max_pixels=56 * 56,
         max_text_tokens=64,
+        weights={"t2i": 1.5, "i2t": 1.5, "i2i": 1.5, "it2i": 1.5},  # the rest are easier, or costlier
         max_trace_tokens=48,
     ),
-    loss=Loss(vocabulary_chunk=256),
-    optimizer=Optimizer(learning_rate=1e-3, warmup_steps=20),
-    training=Training(steps=230, log_every=10, checkpoint_every=40),
+    loss=Loss(temperature=0.03, vocabulary_chunk=256),
+    optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
+    training=Training(steps=215, log_every=10, checkpoint_every=40),
     evaluation=Evaluation(max_trace_tokens=48),
 )

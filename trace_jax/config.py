@@ -24,7 +24,6 @@ class Lora:
 
     rank: int = 128
     alpha: float = 256.0
-    dropout: float = 0.0
     rslora: bool = False  # scale alpha/sqrt(rank) instead of alpha/rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -40,7 +39,6 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
     remat: Literal["none", "dots", "full"] = "full"
-    attention: Literal["xla", "splash"] = "xla"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_hosts_share_the_same_global_batch(tiny_config, processor):
     whole = training_batches(tiny_config, processor, shards=4)
     parts = [training_batches(tiny_config, processor, shards=4, host=h, hosts=2) for h in range(2)]
     for step in range(3):
-        together = sorted(sum((keys(part.batches[step]) for part in parts), []))
+        together = sorted(key for part in parts for key in keys(part.batches[step]))
         assert together == keys(whole.batches[step])
         assert all(part.batches[step].task.shape[0] == 2 for part in parts)
 

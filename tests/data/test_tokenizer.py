@@ -56,3 +56,8 @@ def test_a_trace_goes_on_where_the_prompt_ends(processor):
     longer = append(prompt, [5, 6])
     assert longer.tokens.tolist() == [*prompt.tokens, 5, 6]
     assert (np.diff(longer.positions[-3:, 0]) == 1).all()
+
+
+def test_a_base_that_is_not_there_is_named(tiny_config):
+    with pytest.raises(FileNotFoundError, match="no Hugging Face model in nowhere"):
+        Processor.from_hf("nowhere", tiny_config.data)

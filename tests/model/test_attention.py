@@ -59,7 +59,5 @@ def test_one_query_over_a_cache():
 def test_errors():
     q, k, v = draw(4, 8)
     some = {"segments_q": jnp.ones((2, 4), jnp.int32), "segments_kv": jnp.ones((2, 8), jnp.int32)}
-    with pytest.raises(ValueError, match="backend"):
-        attention(q, k, v, **some, causal=False, backend="splash")
     with pytest.raises(ValueError, match="4 queries to 8 keys"):
         attention(q, k, v, **some, causal=True)

@@ -176,8 +176,6 @@ def test_errors():
         make(emb_token_id=160)
     with pytest.raises(ValueError, match="LoRA targets"):
         make(lora=dataclasses.replace(LORA, targets=("lm_head",)))
-    with pytest.raises(ValueError, match="dropout"):
-        make(lora=dataclasses.replace(LORA, dropout=0.1))
     with pytest.raises(ValueError, match="remat"):
         make(remat="some")(tiny.inputs())
     with pytest.raises(ValueError, match="cannot hold"):

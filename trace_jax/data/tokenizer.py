@@ -34,7 +34,12 @@ class Processor:
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
-        """Loads the tokenizer of a Hugging Face folder and adds `<|emb|>` as its next token."""
+        """Loads the tokenizer of a Hugging Face folder and adds `<|emb|>` as its next token.
+
+        Raises FileNotFoundError where there is no such folder.
+        """
+        if not (pathlib.Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"no Hugging Face model in {folder} (--model.base): it has no config.json")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
         geometry = Geometry.from_hf(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)

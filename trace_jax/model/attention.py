@@ -1,13 +1,11 @@
 """One attention for windows, images, packed text and decoding: what may see what is told by segment ids."""
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
-Backend = Literal["xla", "splash"]
 CAUSAL_BLOCKS = 4  # of queries: 10 of 16 tiles are computed, a third less time than all
 MASKED = -1e30
 
@@ -20,18 +18,15 @@ def attention(
     segments_q: Array,
     segments_kv: Array,
     causal: bool,
-    backend: Backend = "xla",
 ) -> Array:
     """Softmax attention, scaled by 1/sqrt(head_dim), within equal segments.
 
     q [rows, heads, length_q, head_dim]; k, v [rows, kv_heads, length_kv, head_dim], each kv head serving
     heads / kv_heads neighbouring heads; segments_q [rows, length_q], segments_kv [rows, length_kv] int32, 0 is padding:
     it is never seen, and its own result is 0. `causal` hides later slots. The softmax is float32. Returns
-    [rows, heads, length_q, head_dim] in q's dtype. Raises ValueError for an unknown backend,
-    or a causal call whose queries and keys are not the same slots.
+    [rows, heads, length_q, head_dim] in q's dtype. Raises ValueError for a causal
+    call whose queries and keys are not the same slots.
     """
-    if backend != "xla":
-        raise ValueError(f"attention backend {backend!r} is not available; use 'xla'")
     length, slots = q.shape[2], k.shape[2]
     if not causal:
         return _attend(q, k, v, segments_q, segments_kv, None)

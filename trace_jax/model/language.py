@@ -10,7 +10,7 @@ from flax import nnx
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import Backend, attention
+from trace_jax.model.attention import attention
 from trace_jax.model.layers import (
     DTypes,
     Linear,
@@ -111,7 +111,6 @@ class Decoder(nnx.Module):
         dtypes: DTypes,
         scan_layers: bool,
         remat: Remat,
-        backend: Backend,
         rngs: nnx.Rngs,
     ) -> None:
         self.embed_tokens = Embedding(architecture.vocab_size, architecture.hidden_size, dtypes=dtypes, rngs=rngs)
@@ -126,7 +125,6 @@ class Decoder(nnx.Module):
         self.architecture = architecture
         self.scan_layers = scan_layers
         self.remat: Remat = remat
-        self.backend: Backend = backend
 
     def _rotary(self, positions: Array) -> Rotary:
         return text_rotary(positions, self.architecture.mrope_section, self.architecture.rope_theta)
@@ -142,7 +140,7 @@ class Decoder(nnx.Module):
         rotary = self._rotary(positions)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
-            y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.backend)
+            y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True)
             if cache_length is None:
                 return y, None
             room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))

@@ -34,8 +34,7 @@ class Linear(nnx.Module):
     """y = x kernel + bias + scale (x lora_a) lora_b, in `dtypes.compute`.
 
     `kernel` [in, out]; `bias` [out]; `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b`
-    [rank, out], zeros. Bias and adapters are optional. Raises ValueError for a LoRA dropout, which is not
-    implemented.
+    [rank, out], zeros. Bias and adapters are optional.
     """
 
     def __init__(
@@ -48,8 +47,6 @@ class Linear(nnx.Module):
         dtypes: DTypes,
         rngs: nnx.Rngs,
     ) -> None:
-        if lora is not None and lora.dropout:
-            raise ValueError(f"LoRA dropout {lora.dropout} is not implemented; set it to 0")
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(dtypes.params))
         self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.params)) if bias else None

@@ -10,7 +10,6 @@ from trace_jax.config import Lora
 from trace_jax.data import schema
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture
-from trace_jax.model.attention import Backend
 from trace_jax.model.language import Cache, Decoder
 from trace_jax.model.layers import DTypes, Linear, Remat
 from trace_jax.model.projector import Projector
@@ -38,7 +37,6 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         param_dtype: Any = jnp.float32,
         scan_layers: bool = True,
         remat: Remat = "none",
-        attention: Backend = "xla",
         rngs: nnx.Rngs,
     ) -> None:
         language = architecture.language
@@ -48,7 +46,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         if lora is not None and not set(lora.targets) <= set(known):
             raise ValueError(f"LoRA targets {sorted(set(lora.targets) - set(known))} are none of {known}")
         dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(param_dtype))
-        run = {"scan_layers": scan_layers, "remat": remat, "backend": attention}
+        run = {"scan_layers": scan_layers, "remat": remat}
         self.vision = VisionEncoder(architecture.vision, dtypes=dtypes, rngs=rngs, **run)
         self.projector = Projector(architecture.vision, dtypes=dtypes, rngs=rngs)
         self.language = Decoder(language, lora=lora, dtypes=dtypes, rngs=rngs, **run)

@@ -32,6 +32,7 @@ from trace_jax.training.train import load_model, model_identity, restore_model
 log = logging.getLogger(__name__)
 
 SLACK = 1.04  # room of a packed batch above what a sample needs
+LEAST_LENGTH = 64  # tokens or patches of a row with one prompt
 WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
 
 
@@ -163,7 +164,8 @@ class Retriever:
             rows = max(first_fit([len(s) for s in sample], data.row_length)) + 1
             images = [len(image.values) for s in sample for image in s.images]
             patch_rows = max(first_fit(images, data.patch_row_length), default=-1) + 1
-            rooms[visual] = Room(count, math.ceil(rows * SLACK), math.ceil(patch_rows * SLACK))
+            patch_rows = min(_rounded(math.ceil(patch_rows * SLACK), 1), len(images))  # a row holds an image at least
+            rooms[visual] = Room(count, _rounded(math.ceil(rows * SLACK), 1), patch_rows)
         return rooms
 
     def _encode_packed(
@@ -284,9 +286,9 @@ class Retriever:
 
     def _one_a_row(self, sequences: Sequence[Tokens]) -> Inputs:
         """Prompts of one kind, left-aligned, dealt to the shards in order; few different lengths."""
-        length = _rounded(max(len(sequence) for sequence in sequences))
+        length = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         patches = max((len(image.values) for s in sequences for image in s.images), default=0)
-        patches = _rounded(patches) if patches else 0
+        patches = _rounded(patches, LEAST_LENGTH)
         each = [
             pack(
                 [sequence],
@@ -324,10 +326,10 @@ def _batches(sequences: Sequence[Tokens], size: int) -> Iterator[list[int]]:
             yield kind[first : first + size]
 
 
-def _rounded(length: int) -> int:
-    """The next of a few sizes, at most a quarter larger (16 at least, a multiple of 16)."""
-    step = max(16, 2 ** (max(length - 1, 1).bit_length() - 3))
-    return math.ceil(length / step) * step
+def _rounded(size: int, least: int) -> int:
+    """The next of a few sizes, multiples of `least` and mostly at most an eighth larger: few shapes to compile."""
+    step = max(least, 1 << max(size.bit_length() - 4, 0))
+    return math.ceil(size / step) * step
 
 
 def _power_of_two(count: int) -> int:

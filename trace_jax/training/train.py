@@ -58,7 +58,6 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
         param_dtype=jnp.dtype(config.model.param_dtype),
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
-        attention=config.model.attention,
     )
 
 
@@ -67,7 +66,7 @@ def model_identity(config: Config) -> str:
     digest = hashlib.sha256()
     for file in sorted(pathlib.Path(config.model.base).glob("*.safetensors")):
         digest.update(file.read_bytes())
-    return f"base {config.model.base} {digest.hexdigest()[:16]}, adapters {config.model.lora}, {config.model.trainable}"
+    return f"base {digest.hexdigest()[:16]}, adapters {config.model.lora}, trainable {config.model.trainable}"
 
 
 def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
