@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,8 +55,11 @@ def write_arrays(path: epath.Path, **arrays: np.ndarray) -> None:
 
 def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
     """Reads an .npz. Raises FileNotFoundError, or ValueError when it is damaged."""
-    with np.load(io.BytesIO(path.read_bytes())) as archive:
-        return dict(archive)
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as archive:
+            return dict(archive)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
 
 
 def key_of(*parts: Any) -> str:
