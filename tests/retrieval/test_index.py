@@ -70,6 +70,7 @@ def test_larger_pools_are_searched_approximately(monkeypatch, exact_below, flat_
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     assert kind_for(len(x)) == kind
     rows, scores = SearchIndex.build(x, np.arange(2000)).search(centres, 10)
+    np.testing.assert_array_equal(SearchIndex.build(x, np.arange(2000)).search(centres, 10)[0], rows)
     assert recall_against(rows, exact_search(centres, x, 10)[0]) > 0.9
     assert (np.diff(scores, axis=1) <= 0).all()
 

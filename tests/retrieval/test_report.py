@@ -53,7 +53,7 @@ def test_pools_are_found_by_task_or_name(benchmark_):
     pool, task = choose_pool(benchmark_, "it2t", Query("what?"))
     assert (pool, task) == ("mbeir_emoji_task6_cand_pool", 6)
     assert choose_pool(benchmark_, None, Query("a cat"))[1] == 0
-    assert choose_pool(benchmark_, "global", Query("a cat")) == ("global_test", None)
+    assert choose_pool(benchmark_, "global", Query("a cat")) == ("global_test", 0)
     with pytest.raises(ValueError, match="Did you mean 'global'"):
         choose_pool(benchmark_, "globall", Query("a cat"))
 

@@ -50,8 +50,9 @@ class SearchIndex:
             leaves = round(math.sqrt(len(ids)))
             builder = builder.tree(
                 num_leaves=leaves,
-                num_leaves_to_search=max(1, leaves // 10),
+                num_leaves_to_search=max(8, leaves // 10),
                 training_sample_size=min(len(ids), 250_000),
+                random_init=False,  # k-means++ has a fixed seed, a random start has none
             )
         if kind == "exact":
             builder = builder.score_brute_force()

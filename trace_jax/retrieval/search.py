@@ -53,13 +53,14 @@ def read_query(text: str, image: str | None, instruction: str) -> Query:
     return Query(text, data, instruction)
 
 
-def choose_pool(benchmark: Benchmark, name: str | None, query: Query) -> tuple[str, int | None]:
-    """The pool of a name, and the task id that it stands for where it does.
+def choose_pool(benchmark: Benchmark, name: str | None, query: Query) -> tuple[str, int]:
+    """The pool of a name, and the task id whose candidates it holds (a global pool's: images).
 
     `name` is a task (it2i: the local pool of the first data set that has it), "global", or a pool in full;
     without one, images are searched. Raises ValueError for an unknown one, with a "did you mean".
     """
-    wanted = name or DEFAULT_TASK[bool(query.text.strip()), query.image is not None]
+    usual = DEFAULT_TASK[bool(query.text.strip()), query.image is not None]
+    wanted = name or usual
     tests = [query_set for query_set in benchmark.query_sets if query_set.split == "test"]
     by_task = {
         query_set.task: query_set for query_set in sorted(tests, key=lambda q: (not q.trained, q.stem), reverse=True)
@@ -72,7 +73,8 @@ def choose_pool(benchmark: Benchmark, name: str | None, query: Query) -> tuple[s
         near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"unknown pool {wanted!r}.{hint} There are: {', '.join(known)}")
-    return pool, next((q.task_id for q in benchmark.query_sets if q.pool == pool), None)
+    number = next(number for number, task in TASKS.items() if task == usual)
+    return pool, next((q.task_id for q in benchmark.query_sets if q.pool == pool), number)
 
 
 def search(config: Config, query: Query, *, pool: str | None = None, top: int = 5, mode: Mode | None = None) -> Answer:
@@ -85,7 +87,7 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
     chosen, task_id = choose_pool(benchmark, pool, query)
     folder = index_folder(config, benchmark, chosen)
     SearchIndex.load(folder)  # before the model, which takes longer to say that nothing is there
-    if not query.instruction and task_id is not None:
+    if not query.instruction:
         query = dataclasses.replace(query, instruction=_instruction(benchmark, task_id, query))
     retriever = Retriever.load(config)
     index = SearchIndex.load(folder, key=retriever.key)
@@ -123,7 +125,10 @@ def draw(answer: Answer) -> Image.Image:
     wrote = f"wrote: {answer.trace}" if answer.trace else "no trace: <|emb|> came first"
     lines += [(line, small, _SOFT) for line in textwrap.wrap(wrote, columns)]
     top = max(_TILE if answer.query.image else 0, 26 * len(lines)) + 2 * _GAP
-    page = Image.new("RGB", (width, top + _TILE + 84), _PAPER)
+    words = [textwrap.wrap(hit.document.text, 24) for hit in answer.hits]
+    picture = _TILE + 8 if any(hit.document.image for hit in answer.hits) else 0
+    bottom = top + _GAP + picture + 17 * min(max(map(len, words), default=0), 8)
+    page = Image.new("RGB", (width, bottom + 40), _PAPER)
     pen = ImageDraw.Draw(page)
     if answer.query.image:
         _paste(page, answer.query.image, (_GAP, _GAP))
@@ -134,11 +139,9 @@ def draw(answer: Answer) -> Image.Image:
         x, y = _GAP + column * (_TILE + _GAP), top + _GAP
         if hit.document.image:
             _paste(page, hit.document.image, (x, y))
-        words = textwrap.wrap(hit.document.text, 24)
-        below = y + (_TILE + 4 if hit.document.image else 0)
-        for row, line in enumerate(words[: 2 if hit.document.image else 10]):
-            pen.text((x, below + 17 * row), line, fill=_INK, font=small)
-        pen.text((x, top + _TILE + 60), f"{column + 1}.  {hit.score:.3f}", fill=_SOFT, font=small)
+        for row, line in enumerate(words[column][:8]):
+            pen.text((x, y + picture + 17 * row), line, fill=_INK, font=small)
+        pen.text((x, bottom + 8), f"{column + 1}.  {hit.score:.3f}", fill=_SOFT, font=small)
     return page
 
 
