@@ -5,6 +5,7 @@ leading axis S is split over data and fsdp; the compiler inserts the collectives
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(axes: config.Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(axes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
     """Arranges devices (default: all) as data x fsdp x tensor.
 
     Raises ValueError when the axes do not multiply to the number of devices.

@@ -13,6 +13,7 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import grain
 import numpy as np
@@ -114,7 +115,7 @@ def generative_examples(config: Config, seed: int) -> dict[str, grain.MapDataset
 class _Rows:
     """Some rows of a random-access source."""
 
-    def __init__(self, source: SequenceOf[dict], rows: list[int]) -> None:
+    def __init__(self, source: mbeir.Source, rows: list[int]) -> None:
         self._source, self._rows = source, rows
 
     def __len__(self) -> int:
@@ -124,7 +125,7 @@ class _Rows:
         return self._source[self._rows[index]]
 
 
-def _endless(source: object, seed: int, name: str, draw: Callable) -> grain.MapDataset:
+def _endless(source: Any, seed: int, name: str, draw: Callable) -> grain.MapDataset:
     """Shuffles a source anew every epoch, without end; each task has a seed of its own."""
     own_seed = (seed + zlib.crc32(name.encode())) % 2**31
     return grain.MapDataset.source(source).seed(own_seed).shuffle().repeat().random_map(draw)
@@ -145,7 +146,7 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
 
 
 def pack_batch(
-    examples: list[Tokenized], shards: int, capacity: Capacity, processor: Processor, config: Config
+    examples: SequenceOf[Tokenized], shards: int, capacity: Capacity, processor: Processor, config: Config
 ) -> Batch:
     """Deals examples to shards and packs each shard. A pair that finds no room is left out (index -1)."""
     parts = [_pack_shard(hand, capacity, processor, config) for hand in _deal(examples, shards)]
@@ -153,7 +154,7 @@ def pack_batch(
     return Batch(inputs=stack_shards([part["inputs"] for part in parts]), **fields)
 
 
-def _deal(examples: list[Tokenized], shards: int) -> list[list[Tokenized]]:
+def _deal(examples: SequenceOf[Any], shards: int) -> list[list[Tokenized]]:
     """Deals by size, largest first, back and forth, so that no device idles on rows poor in images or text."""
     by_size = sorted(range(len(examples)), key=lambda i: (-examples[i].size, i))
     hands: list[list[Tokenized]] = [[] for _ in range(shards)]

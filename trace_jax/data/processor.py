@@ -77,8 +77,8 @@ class Sequence:
 
     tokens: np.ndarray  # [l] int32, one <|image_pad|> per visual token
     positions: np.ndarray  # [l, 3] int32
-    images: tuple[Patches, ...] = ()
-    is_visual: np.ndarray | None = None  # [l] bool: the placeholders
+    images: tuple[Patches, ...]
+    is_visual: np.ndarray  # [l] bool: the placeholders
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -12,9 +12,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = Any  # numpy on the host, jax.Array on the devices: one struct for both
 
 # M-BEIR's task ids; i is image, t text, it both. 5 (i -> it) exists in no data set.
 TASKS = {0: "t2i", 1: "t2t", 2: "t2it", 3: "i2t", 4: "i2i", 6: "it2t", 7: "it2i", 8: "it2it"}

@@ -48,7 +48,7 @@ class Processor:
     def id_of(self, token: str) -> int:
         """The id of one special token. Raises ValueError when the tokenizer does not have it."""
         index = self.tokenizer.convert_tokens_to_ids(token)
-        if index is None or index == self.tokenizer.unk_token_id:
+        if not isinstance(index, int) or index == self.tokenizer.unk_token_id:
             raise ValueError(f"the tokenizer has no token {token!r}: is the base a Qwen2.5-VL?")
         return index
 
@@ -78,7 +78,7 @@ class Processor:
 
     def decode(self, tokens: np.ndarray | list[int]) -> str:
         """The text of tokens, without special ones."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (a processor lives as long as the program)
     def _format(self, markup: str) -> tuple[int, ...]:

@@ -146,11 +146,11 @@ def train_tokenizer(release: pathlib.Path) -> transformers.PreTrainedTokenizerFa
         [tokenizers.AddedToken(t, normalized=False, special=True) for t in ADDED_TOKENS[:SPECIAL]]
     )
     tokenizer.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ADDED_TOKENS[SPECIAL:]])
-    return transformers.Qwen2TokenizerFast(
+    return transformers.Qwen2Tokenizer(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        unk_token=None,
+        unk_token=None,  # pyright: ignore[reportArgumentType]  (as Qwen: byte-level, nothing is unknown)
         additional_special_tokens=ADDED_TOKENS[1:SPECIAL],
         chat_template=CHAT_TEMPLATE,
         model_max_length=LANGUAGE["max_position_embeddings"],

@@ -188,7 +188,7 @@ def train(config: Config) -> bool:
             writer.add(measured)  # waits for the step before: the device has work, a stop is never far
             bar.update()
             if step % config.training.log_every == 0 or step == steps:
-                extra = {"learning_rate": float(schedule(step - 1))}
+                extra = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}
                 means = writer.write(step, extra, config.data.batch_size)
                 tqdm.write(metrics.describe(step, steps, means))
             due = time.monotonic() - saved > 60 * config.training.checkpoint_minutes
