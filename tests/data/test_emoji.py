@@ -132,7 +132,8 @@ def test_queries_have_exactly_the_fields_of_mbeir(tiny):
     for split in ("train", *HELD_OUT):
         everything = candidates(tiny, split)
         asked = queries(tiny, split)
-        assert len({q["qid"] for q in asked}) == len(asked)
+        own = lines(tiny / "query/train/mbeir_emoji_train.jsonl") if split == "train" else asked
+        assert len({q["qid"] for q in own}) == len(own)
         for query in asked:
             assert set(query) == QUERY_FIELDS
             has = (bool(query["query_txt"]), bool(query["query_img_path"]))
@@ -428,3 +429,24 @@ def test_every_emoji_can_be_drawn_in_every_style():
                 assert len(picture.getcolors(100_000)) > 1
     with pytest.raises(FileNotFoundError):
         drawings.twemoji("nothing like this")
+
+
+def test_the_union_repeats_rare_kinds_and_nothing_else(tiny):
+    own = {record["qid"]: record for record in lines(tiny / "query/train/mbeir_emoji_train.jsonl")}
+    union = queries(tiny, "train")
+    assert all(own[record["qid"]] == record for record in union)
+    assert {record["qid"] for record in union} == set(own)
+
+    def kinds(records):
+        return collections.Counter(
+            (record["task_id"], json.loads(record["query_src_content"])["kind"]) for record in records
+        )
+
+    sizes = collections.Counter(record["task_id"] for record in own.values())
+    before, after = kinds(own.values()), kinds(union)
+    assert after != before
+    for (task, kind), count in before.items():
+        repeats, rest = divmod(after[task, kind], count)
+        assert rest == 0 and 1 <= repeats <= 20
+        assert repeats == 1 or count * repeats <= sizes[task] / 12
+        assert repeats == 20 or count * (repeats + 1) > sizes[task] / 12

@@ -145,13 +145,14 @@ class Retriever:
             trace = self.processor.encode(traces[i])[:limit] if traces[i] else []
             return append(self.processor.query(queries[i]), trace)
 
-        return self._encode_packed(len(queries), tokenize)
+        return self._encode_packed(len(queries), tokenize, coarse=True)
 
     def rooms_for(self, documents: Sequence[Document]) -> dict[bool, Room]:
         """Static shapes that fit a sample of documents: those without images, and those with."""
         return self._rooms_for([self.processor.document(document) for document in documents])
 
-    def _rooms_for(self, sequences: Sequence[Tokens]) -> dict[bool, Room]:
+    def _rooms_for(self, sequences: Sequence[Tokens], *, coarse: bool = False) -> dict[bool, Room]:
+        """`coarse` wastes up to half a batch to need fewer shapes: right for short jobs, where compiling is the cost."""
         data = self.config.data
         full = math.ceil(self.config.evaluation.batch_size / self._shards)
         rooms = {}
@@ -164,18 +165,25 @@ class Retriever:
             rows = max(first_fit([len(s) for s in sample], data.row_length)) + 1
             images = [len(image.values) for s in sample for image in s.images]
             patch_rows = max(first_fit(images, data.patch_row_length), default=-1) + 1
-            patch_rows = min(_rounded(math.ceil(patch_rows * SLACK), 1), len(images))  # a row holds an image at least
-            rooms[visual] = Room(count, _rounded(math.ceil(rows * SLACK), 1), patch_rows)
+            rows, patch_rows = math.ceil(rows * SLACK), math.ceil(patch_rows * SLACK)
+            rows = _power_of_two(rows) if coarse else _rounded(rows, 1)
+            patch_rows = min(_rounded(patch_rows, 1), len(images))  # a row holds at least one image
+            rooms[visual] = Room(count, rows, patch_rows)
         return rooms
 
     def _encode_packed(
-        self, count: int, tokenize: Callable[[int], Tokens], rooms: dict[bool, Room] | None = None
+        self,
+        count: int,
+        tokenize: Callable[[int], Tokens],
+        rooms: dict[bool, Room] | None = None,
+        *,
+        coarse: bool = False,
     ) -> np.ndarray:
         """The normalised state of each sequence's last token, which predicts <|emb|>: [count, D] float32."""
         parts = [np.empty((0, self.width), np.float32)]
         for first in range(0, count, WINDOW):
             sequences = [tokenize(i) for i in range(first, min(first + WINDOW, count))]
-            rooms = self._rooms_for(sequences) | (rooms or {})
+            rooms = self._rooms_for(sequences, coarse=coarse) | (rooms or {})
             parts.append(self._encode_window(sequences, rooms))
         return np.concatenate(parts)
 

@@ -230,7 +230,8 @@ def evaluate(
     with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=total) as bar:
         for query_set in benchmark.query_sets:
             labelled = benchmark.load(query_set)
-            wanted: list[EvaluationMode] = [*run, "given"] if labelled.complex.any() else run
+            has_ceiling = query_set.trained and bool(labelled.complex.any())
+            wanted: list[EvaluationMode] = [*run, "given"] if has_ceiling else run
             results: dict[EvaluationMode, QueryResults] = {}
             for mode in wanted:
                 bar.set_postfix_str(f"{query_set.dataset} {query_set.task} {query_set.split} {mode}", refresh=False)
