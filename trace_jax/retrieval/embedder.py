@@ -152,7 +152,7 @@ class Retriever:
         return self._rooms_for([self.processor.document(document) for document in documents])
 
     def _rooms_for(self, sequences: Sequence[Tokens], *, coarse: bool = False) -> dict[bool, Room]:
-        """`coarse` wastes up to half a batch to need fewer shapes: right for short jobs, where compiling is the cost."""
+        """`coarse` needs fewer shapes and wastes up to half a batch: for short jobs, where compiling is the cost."""
         data = self.config.data
         full = math.ceil(self.config.evaluation.batch_size / self._shards)
         rooms = {}

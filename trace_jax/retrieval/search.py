@@ -71,8 +71,8 @@ def choose_pool(benchmark: Benchmark, name: str | None, query: Query) -> tuple[s
     known = ["global", *by_task, *benchmark.all_pools]
     if pool not in benchmark.all_pools:
         near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown pool {wanted!r}.{hint} There are: {', '.join(known)}")
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}"
+        raise ValueError(f"unknown pool {wanted!r}. {hint}")
     number = next(number for number, task in TASKS.items() if task == usual)
     return pool, next((q.task_id for q in benchmark.query_sets if q.pool == pool), number)
 
