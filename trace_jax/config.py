@@ -103,7 +103,6 @@ class Training:
     steps: int = 1000
     seed: int = 0
     log_every: int = 10
-    validate_every: int = 0  # 0: never
     checkpoint_every: int = 100
     checkpoint_minutes: float = 15.0
     keep: int = 2  # newest checkpoints kept

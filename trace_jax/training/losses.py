@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from trace_jax import config
 from trace_jax.data.schema import Batch
-
-MASKED = -1e30  # a logit that no softmax sees; finite, so that its gradient is zero and not NaN
+from trace_jax.model.attention import MASKED
 
 
 class Mean(NamedTuple):
