@@ -282,8 +282,25 @@ def test_generative_records(tiny):
             assert record["prompt"] and record["response"]
             assert record["img_path"] is None or (tiny / record["img_path"]).exists()
     kinds = {r["kind"] for r in lines(tiny / "generative/train.jsonl")}
-    expected = {"caption", "words", "attribute", "edit", "question", "read", "text edit", "riddle", "fact"}
-    assert kinds == expected
+    subjects = {
+        "caption": "person thing flag symbol clock",
+        "words": "person thing flag symbol clock",
+        "attribute": "person flag symbol clock",
+        "edit": "person symbol clock",
+        "question": "person flag clock",
+        "read": "person thing flag symbol clock",
+        "translation": "person thing symbol clock",
+        "text edit": "person symbol clock",
+        "riddle": "person flag",
+    }
+    assert kinds == {f"{what} {subject}" for what, of in subjects.items() for subject in of.split()} | {"fact"}
+
+
+def test_the_words_of_a_held_out_question_are_not_read(tiny):
+    asked = {q["query_txt"] for split in HELD_OUT for q in queries(tiny, split, "emoji", 1)}
+    read = {r["prompt"] for r in lines(tiny / "generative/train.jsonl")}
+    facts = {q for q in asked if q.startswith(("Which city", "Which continent", "What is the currency"))}
+    assert facts and not facts & read
 
 
 def test_a_second_build_is_the_same_and_a_third_is_skipped(tiny, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from trace_jax.data.emoji.concepts import Emoji, countries, emojis, share, translations
+from trace_jax.data.emoji.concepts import Emoji, countries, emojis, question_split, share, translations
 from trace_jax.data.emoji.edits import Edit, edits_of
 from trace_jax.data.emoji.questions import (
     KINDS,
@@ -28,6 +28,7 @@ Record = dict[str, str | None]
 
 _DESCRIBE = ("Describe the picture.", "What does the picture show?", "Write a caption.")
 _AGAIN = ("Say it in other words.", "Describe the picture in other words.")
+_SUBJECTS = {"heart": "symbol", "circle": "symbol", "square": "symbol", "hand": "person"}
 _PICTURE_EDITS = {"tone": 3, "concept": 4, "tone+concept": 5, "colour": 9, "shape": 2, "time": 12}
 _TEXT_EDITS = {"tone": 4, "concept": 4, "tone+concept": 6, "colour": 9, "shape": 2, "time": 12}
 
@@ -77,25 +78,32 @@ def _chosen(world: World, emoji: Emoji, split: str, quota: dict[str, int], salt:
             yield edit
 
 
+def _subject(emoji: Emoji) -> str:
+    """What an emoji is, as the second word of a record's kind: a training run weighs the rare ones up."""
+    subject = _SUBJECTS.get(emoji.kind, emoji.kind)
+    return subject if subject in {"person", "symbol", "clock", "flag"} else "thing"
+
+
 def _seen(world: World, split: str) -> Iterator[tuple[str, str, str, str]]:
     """(kind, picture, prompt, response) of everything told about a picture."""
     for path in world.all(TRAINED):
         emoji = world.clear(path)
         if emoji is None or world.split(path) != split:
             continue
+        subject = _subject(emoji)
         first, second = emoji.captions[:2]
-        yield "caption", path, one_of(_DESCRIBE, path), _sentence(first)
-        yield "words", path, one_of(_AGAIN, path), _sentence(second)
+        yield f"caption {subject}", path, one_of(_DESCRIBE, path), _sentence(first)
+        yield f"words {subject}", path, one_of(_AGAIN, path), _sentence(second)
         for prompt, response in _attributes(emoji):
-            yield "attribute", path, prompt, response
+            yield f"attribute {subject}", path, prompt, response
         for edit in _chosen(world, emoji, split, _PICTURE_EDITS, path):
             if path not in world.of(edit.target, TRAINED):
-                yield "edit", path, capital(_sentence(edit.text(path))), _trace(edit)
+                yield f"edit {subject}", path, capital(_sentence(edit.text(path))), _trace(edit)
         for question in questions_of(emoji):
             if strictest(question.split, emoji.split) == split:
-                answer = f"{question.reasoning} {question.sentence}"
+                answer = f"{question.reasoning} {capital(question.sentence)}"
                 for text in question.texts:
-                    yield "question", path, text, answer
+                    yield f"question {subject}", path, text, answer
 
 
 def _read(world: World, split: str) -> Iterator[tuple[str, str, str]]:
@@ -103,33 +111,38 @@ def _read(world: World, split: str) -> Iterator[tuple[str, str, str]]:
     for emoji in world.emojis:
         if emoji.split != split:
             continue
+        subject = _subject(emoji)
         first, *others = emoji.captions
         for other in others:
             if emoji.kind != "thing":
-                yield "read", f"{_sentence(capital(other))} In short?", _sentence(first)
-        yield "read", f"{_sentence(capital(first))} In other words?", _sentence(others[0])
+                yield f"read {subject}", f"{_sentence(capital(other))} In short?", _sentence(first)
+        yield f"read {subject}", f"{_sentence(capital(first))} In other words?", _sentence(others[0])
         for text in dict.fromkeys(translations()[emoji.text]):
-            yield "read", f"{_sentence(capital(text))} In English?", _sentence(first)
+            yield f"translation {subject}", f"{_sentence(capital(text))} In English?", _sentence(first)
         for edit in _chosen(world, emoji, split, _TEXT_EDITS, "text"):
             ask = capital(_sentence(edit.text("read")))
-            yield "text edit", f"{_sentence(capital(first))} {ask}", _trace(edit)
+            yield f"text edit {subject}", f"{_sentence(capital(first))} {ask}", _trace(edit)
         for riddle in riddles_of(emoji):
             if riddle.split == split:
                 answer = f"{riddle.reasoning} {capital(riddle.sentence)}"
                 for text in riddle.texts:
-                    yield "riddle", _sentence(capital(text)), answer
+                    yield f"riddle {subject}", _sentence(capital(text)), answer
     if split == "train":
         yield from _facts(world)
 
 
 def _facts(world: World) -> Iterator[tuple[str, str, str]]:
-    """Facts, read in text: every country of this size, whether or not a question is held out."""
+    """Facts, read in text: every country of this size; of a held-out question the words of its test are not used."""
     shown = {e.concept for e in world.emojis if e.kind == "flag"}
     for country in countries().values():
         if country.iso in shown:
             for kind in KINDS:
-                for prompt in name_questions(country, kind):
+                asked = name_questions(country, kind)
+                if question_split(country.iso, kind) != "train":
+                    asked = asked[:1]
+                for prompt in (*asked, f"{capital(country.name)}: {kind}?"):
                     yield "fact", prompt, fact(country, kind)
+            yield "fact", f"{capital(country.capital)} is the capital of which country?", fact(country, "capital")
             card = " ".join(fact(country, kind) for kind in KINDS)
             yield "fact", f"Tell me about {country.name}.", card
     for concept in dict.fromkeys(e.concept for e in emojis() if e.kind == "person"):
