@@ -47,17 +47,20 @@ def reference_info_nce(queries, documents, valid, keys, positives, temperature):
         if not valid[i]:
             continue
         negatives = [
-            j for j in range(len(queries)) if j != i and valid[j] and keys[j] != keys[i] and keys[j] not in positives[i]
+            j
+            for j in range(len(documents))
+            if j != i and valid[j] and keys[j] != keys[i] and keys[j] not in positives[i]
         ]
         scores = np.array([queries[i] @ documents[j] / temperature for j in [i, *negatives]])
         losses.append(np.log(np.exp(scores).sum()) - scores[0])
     return np.mean(losses)
 
 
-def test_info_nce_masks_known_positives_duplicates_and_empty_slots():
-    queries, documents = normalize(states(0, 7, 5)), normalize(states(1, 7, 5))
-    valid = np.array([1, 1, 1, 1, 1, 0, 1], bool)
-    keys = np.array([10, 11, 12, 10, 14, 15, 16])
+@pytest.mark.parametrize("hard", [0, 3])
+def test_info_nce_masks_known_positives_duplicates_and_empty_slots(hard):
+    queries, documents = normalize(states(0, 7, 5)), normalize(states(1, 7 + hard, 5))
+    valid = np.array([1, 1, 1, 1, 1, 0, 1, 1, 0, 1][: 7 + hard], bool)
+    keys = np.array([10, 11, 12, 10, 14, 15, 16, 17, 18, 12][: 7 + hard])
     positives = np.array([[10, 12], [11, -1], [12, -1], [10, -1], [14, 16], [15, -1], [16, -1]])
     loss, recall = info_nce(
         queries,

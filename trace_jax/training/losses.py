@@ -80,23 +80,24 @@ def info_nce(
     positives: jax.Array,
     temperature: float | jax.Array,
 ) -> tuple[Mean, Mean]:
-    """L_ret: InfoNCE from query to document over the global batch; N = S * B.
+    """L_ret: InfoNCE from query to document over the global batch; N = S * B queries, M = N * (1 + H) documents.
 
-    queries and documents [N, D] normalised, valid [N] bool, document_key [N], positives [N, K]. A document that is
+    queries [N, D] and documents [M, D] normalised: query n's own is document n, hard negatives come after the first
+    N. valid [M] bool (query n is valid where document n is), document_key [M], positives [N, K]. A document that is
     known to be right for a query (its key is among the query's positives) is never its negative. Returns the loss and
     the recall@1 within the batch. The arrays are global: the compiler gathers the documents across devices.
     """
     scores = jnp.einsum("nd,md->nm", queries, documents, preferred_element_type=jnp.float32) / temperature
-    own = jnp.eye(len(queries), dtype=bool)
+    own = jnp.eye(len(queries), len(documents), dtype=bool)
     known = functools.reduce(
         jnp.logical_or,
         [positives[:, k, None] == document_key[None, :] for k in range(positives.shape[1])],
-        document_key[:, None] == document_key[None, :],
+        document_key[: len(queries), None] == document_key[None, :],
     )
     scores = jnp.where(own | (valid[None, :] & ~known), scores, MASKED)
     own_score = jnp.diagonal(scores)
     losses = jax.nn.logsumexp(scores, axis=1) - own_score
-    weight = valid.astype(jnp.float32)
+    weight = valid[: len(queries)].astype(jnp.float32)
     return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own_score >= jnp.max(scores, axis=1), weight)
 
 
@@ -120,13 +121,14 @@ def hybrid_loss(
     if options.retrieval:
         valid = (batch.query_index >= 0) & (batch.document_index >= 0)
         queries = normalize(take_states(hidden, batch.query_index))
-        documents = normalize(take_states(hidden, batch.document_index))
         width = queries.shape[-1]
+        negative_index = batch.negative_index.reshape(len(valid), -1)
+        documents = [take_states(hidden, index) for index in (batch.document_index, negative_index)]
         retrieval, recall = info_nce(
             queries.reshape(-1, width),
-            documents.reshape(-1, width),
-            valid=valid.reshape(-1),
-            document_key=batch.document_key.reshape(-1),
+            normalize(jnp.concatenate([states.reshape(-1, width) for states in documents])),
+            valid=jnp.concatenate([valid.reshape(-1), negative_index.reshape(-1) >= 0]),
+            document_key=jnp.concatenate([batch.document_key.reshape(-1), batch.negative_key.reshape(-1)]),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
             temperature=options.temperature,
         )
