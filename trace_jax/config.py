@@ -102,6 +102,7 @@ class Training:
     """Length, rhythm and seed of a run."""
 
     steps: int = 1000
+    chunks: int = 1  # C: parts of a device's batch that are in memory one after another; more is slower by a forward
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 100

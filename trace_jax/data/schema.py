@@ -1,8 +1,9 @@
 """What flows through the house: queries, documents, examples, and the one static-shape batch.
 
 Shape letters, used in every docstring of the package:
-  S  shards: data-parallel groups of devices; every array of a batch has S as its leading axis and no index of
-     one shard points into another, so that nothing but the retrieval loss crosses devices
+  S  shards: data-parallel groups of devices, times the chunks of gradient caching; every array of a batch has S as
+     its leading axis and no index of one shard points into another, so that nothing but the retrieval loss crosses
+     devices
   R  packed text rows of a shard, L  tokens of a row
   V  packed vision rows of a shard, P  patches of a row (a multiple of the merge unit, 4)
   B  pairs of a shard, T  supervised tokens of a shard, K  known positives kept for a query, H  its hard negatives

@@ -101,10 +101,19 @@ def info_nce(
     return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own_score >= jnp.max(scores, axis=1), weight)
 
 
-def hybrid_loss(
-    hidden: jax.Array, head: jax.Array, batch: Batch, emb: int, options: config.Loss
-) -> tuple[jax.Array, dict[str, Mean]]:
-    """The objective of one step and its metrics. hidden [S, R, L, D] float32, head [vocabulary, D].
+class ReadOut(NamedTuple):
+    """What the loss needs of a forward pass; for chunks of a batch, with their leading axis C."""
+
+    queries: jax.Array  # [S, B, D] float32, normalised
+    documents: jax.Array  # [S, B, D]
+    negatives: jax.Array  # [S, B * H, D]
+    emits_first: jax.Array  # [S, B] bool: routes to direct embedding
+    generation: Mean
+    correct: Mean
+
+
+def read_out(hidden: jax.Array, head: jax.Array, batch: Batch, emb: int, options: config.Loss) -> ReadOut:
+    """Reads embeddings and L_gen off the states of one forward pass. hidden [S, R, L, D] float32, head [vocabulary, D].
 
     `emb` is the id of <|emb|>. The embedding of a sequence is the state that predicts <|emb|>, i.e. of the token right
     before it (paper Table 4, "pre-token").
@@ -113,35 +122,49 @@ def hybrid_loss(
     generation, correct = token_cross_entropy(
         states, head, batch.target_token, batch.target_weight, options.vocabulary_chunk
     )
-    metrics = {
-        "loss_gen": generation,
-        "token_accuracy": share(correct, batch.target_weight),
-    }
+    negative_index = batch.negative_index.reshape(len(hidden), -1)
+    return ReadOut(
+        *(normalize(take_states(hidden, at)) for at in (batch.query_index, batch.document_index, negative_index)),
+        emits_first=_emits_first(hidden, head, batch, emb),
+        generation=generation,
+        correct=share(correct, batch.target_weight),
+    )
+
+
+def hybrid_loss(
+    out: ReadOut, batch: Batch, emb_row: jax.Array, options: config.Loss
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """The objective of one step and its metrics, of the global batch: all of `out` and `batch` may have an axis C.
+
+    emb_row [D] is the head's row of <|emb|>; its cosine to the embeddings is watched, because L_gen pulls them there.
+    """
+    generation, correct = (Mean(jnp.sum(mean.total), jnp.sum(mean.count)) for mean in (out.generation, out.correct))
+    metrics = {"loss_gen": generation, "token_accuracy": correct}
     loss = options.generation * generation.value()
     if options.retrieval:
-        valid = (batch.query_index >= 0) & (batch.document_index >= 0)
-        queries = normalize(take_states(hidden, batch.query_index))
-        width = queries.shape[-1]
-        negative_index = batch.negative_index.reshape(len(valid), -1)
-        documents = [take_states(hidden, index) for index in (batch.document_index, negative_index)]
+        width = out.queries.shape[-1]
+        queries, documents, negatives = (
+            part.reshape(-1, width) for part in (out.queries, out.documents, out.negatives)
+        )
+        valid = (batch.query_index.reshape(-1) >= 0) & (batch.document_index.reshape(-1) >= 0)
         retrieval, recall = info_nce(
-            queries.reshape(-1, width),
-            normalize(jnp.concatenate([states.reshape(-1, width) for states in documents])),
-            valid=jnp.concatenate([valid.reshape(-1), negative_index.reshape(-1) >= 0]),
+            queries,
+            jnp.concatenate([documents, negatives]),
+            valid=jnp.concatenate([valid, batch.negative_index.reshape(-1) >= 0]),
             document_key=jnp.concatenate([batch.document_key.reshape(-1), batch.negative_key.reshape(-1)]),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
             temperature=options.temperature,
         )
         loss = loss + options.retrieval * retrieval.value()
-        emits = _emits_first(hidden, head, batch, emb)
+        emits, reasoned = out.emits_first.reshape(-1), batch.reasoned.reshape(-1)
         weight = valid.astype(jnp.float32)
-        cosine = jnp.einsum("sbd,d->sb", queries, normalize(head[emb]))
+        cosine = jnp.einsum("nd,d->n", queries, normalize(emb_row))
         metrics |= {
             "loss_ret": retrieval,
             "recall_in_batch": recall,
             "emb_first": share(emits, weight),
-            "routing_accuracy": share(emits != batch.reasoned, weight),
-            "simple_fraction": share(~batch.reasoned, weight),
+            "routing_accuracy": share(emits != reasoned, weight),
+            "simple_fraction": share(~reasoned, weight),
             "emb_cosine": Mean(jnp.sum(cosine * weight), jnp.sum(weight)),
         }
     return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}

@@ -26,10 +26,10 @@ from trace_jax.data.pipeline import training_batches
 from trace_jax.data.schema import Batch
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
-from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.model.qwen2_5_vl import VISUAL, Qwen2_5_VL
 from trace_jax.training import metrics
 from trace_jax.training.checkpoint import Checkpoints
-from trace_jax.training.losses import Mean, hybrid_loss
+from trace_jax.training.losses import Mean, ReadOut, hybrid_loss, read_out
 from trace_jax.training.optimizer import make_optimizer, make_schedule
 
 log = logging.getLogger(__name__)
@@ -90,12 +90,28 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
 def make_train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
-    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers."""
+    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers.
+
+    With `training.chunks` C > 1 the batch comes in S * C shards, and each device reads C of its own one after another:
+    only embeddings and visual features outlive a chunk, and the backward pass reads each chunk again. The gradient
+    is that of the whole batch (gradient caching), also of L_gen, whose tokens are counted over all chunks.
+    """
+    chunks = config.training.chunks
 
     def loss_fn(trainable: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
         model = merge_model(graph, trainable, frozen)
-        hidden = model(batch.inputs)
-        return hybrid_loss(hidden, model.head(), batch, emb, config.loss)
+        head = model.head()
+
+        def read(chunk: Batch) -> ReadOut:
+            return read_out(model(chunk.inputs), head, chunk, emb, config.loss)
+
+        if chunks == 1:
+            out = read(batch)
+        else:
+            batch = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
+            policy = jax.checkpoint_policies.save_only_these_names(VISUAL)
+            out = jax.lax.map(jax.checkpoint(read, policy=policy), batch)
+        return hybrid_loss(out, batch, head[emb], config.loss)
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
@@ -135,7 +151,7 @@ def train(config: Config) -> bool:
     """
     # Devices and model
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.data_shards(mesh)
+    shards = sharding.data_shards(mesh) * config.training.chunks
     processor = Processor.from_hf(config.model.base, config.data)
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
 
