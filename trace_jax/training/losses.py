@@ -71,34 +71,48 @@ def token_cross_entropy(
     return Mean(total, jnp.sum(weights)), jnp.moveaxis(correct, 0, 1).reshape(shards, count)
 
 
+class Documents(NamedTuple):
+    """Candidates of InfoNCE: M of them, over all shards."""
+
+    vectors: jax.Array  # [M, D] normalised
+    key: jax.Array  # [M] int32
+    valid: jax.Array  # [M] bool
+
+
 def info_nce(
     queries: jax.Array,
-    documents: jax.Array,
+    documents: Documents,
+    negatives: Documents,
     *,
-    valid: jax.Array,
-    document_key: jax.Array,
     positives: jax.Array,
     temperature: float | jax.Array,
 ) -> tuple[Mean, Mean]:
-    """L_ret: InfoNCE from query to document over the global batch; N = S * B queries, M = N * (1 + H) documents.
+    """L_ret: InfoNCE from query to document over the global batch; N = S * B.
 
-    queries [N, D] and documents [M, D] normalised: query n's own is document n, hard negatives come after the first
-    N. valid [M] bool (query n is valid where document n is), document_key [M], positives [N, K]. A document that is
-    known to be right for a query (its key is among the query's positives) is never its negative. Returns the loss and
-    the recall@1 within the batch. The arrays are global: the compiler gathers the documents across devices.
+    queries [N, D] normalised; `documents` are N, of which query n's own is the n-th, and a query is valid where it is;
+    `negatives` are hard ones, any number; positives [N, K]. A document that is known to be right for a query (its key
+    is among the query's positives) is never its negative. Returns the loss and the recall@1 within the batch. The
+    arrays are global: the compiler gathers the documents across devices.
     """
-    scores = jnp.einsum("nd,md->nm", queries, documents, preferred_element_type=jnp.float32) / temperature
-    own = jnp.eye(len(queries), len(documents), dtype=bool)
-    known = functools.reduce(
-        jnp.logical_or,
-        [positives[:, k, None] == document_key[None, :] for k in range(positives.shape[1])],
-        document_key[: len(queries), None] == document_key[None, :],
-    )
-    scores = jnp.where(own | (valid[None, :] & ~known), scores, MASKED)
-    own_score = jnp.diagonal(scores)
-    losses = jax.nn.logsumexp(scores, axis=1) - own_score
-    weight = valid[: len(queries)].astype(jnp.float32)
-    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own_score >= jnp.max(scores, axis=1), weight)
+
+    def scored(candidates: Documents) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.einsum("nd,md->nm", queries, candidates.vectors, preferred_element_type=jnp.float32) / temperature
+        known = functools.reduce(
+            jnp.logical_or,
+            [positives[:, k, None] == candidates.key[None, :] for k in range(positives.shape[1])],
+            documents.key[:, None] == candidates.key[None, :],
+        )
+        return scores, candidates.valid[None, :] & ~known
+
+    scores, counted = scored(documents)
+    scores = jnp.where(counted | jnp.eye(len(queries), dtype=bool), scores, MASKED)
+    own = jnp.diagonal(scores)
+    if len(negatives.key):  # beside the others: rows are split over devices, columns are not
+        hard, counted = scored(negatives)
+        scores = jnp.concatenate([scores, jnp.where(counted, hard, MASKED)], axis=1)
+    losses = jax.nn.logsumexp(scores, axis=1) - own
+    weight = documents.valid.astype(jnp.float32)
+    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own >= jnp.max(scores, axis=1), weight)
 
 
 class ReadOut(NamedTuple):
@@ -149,9 +163,8 @@ def hybrid_loss(
         valid = (batch.query_index.reshape(-1) >= 0) & (batch.document_index.reshape(-1) >= 0)
         retrieval, recall = info_nce(
             queries,
-            jnp.concatenate([documents, negatives]),
-            valid=jnp.concatenate([valid, batch.negative_index.reshape(-1) >= 0]),
-            document_key=jnp.concatenate([batch.document_key.reshape(-1), batch.negative_key.reshape(-1)]),
+            Documents(documents, batch.document_key.reshape(-1), valid),
+            Documents(negatives, batch.negative_key.reshape(-1), batch.negative_index.reshape(-1) >= 0),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
             temperature=options.temperature,
         )
