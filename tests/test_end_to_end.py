@@ -2,16 +2,14 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-from trace_jax.config import ROOT, Config, load_config, to_json
+from tests.programs import flags, start
+from trace_jax.config import Config, load_config
 
 STAGES = ("train", "embed", "build_index", "evaluate", "report")
 SPEEDS = ("queries_per_second", "seconds")
@@ -22,32 +20,6 @@ def config(tiny_config) -> Config:
     training = dataclasses.replace(tiny_config.training, steps=24, checkpoint_every=3)
     data = dataclasses.replace(tiny_config.data, weights=load_config("emoji_tiny").data.weights)
     return dataclasses.replace(tiny_config, training=training, data=data)
-
-
-def flags(config: Config) -> list[str]:
-    """The options that turn emoji_tiny into `config`."""
-    found = []
-
-    def compare(ours, theirs, path: str) -> None:
-        for name, value in ours.items():
-            if isinstance(value, dict) and isinstance(theirs[name], dict):
-                compare(value, theirs[name], f"{path}{name}.")
-            elif value != theirs[name]:
-                option = f"{path}{name}".replace("_", "-")
-                negated = ".".join([*option.split(".")[:-1], f"no-{option.split('.')[-1]}"])
-                found.extend(
-                    [f"--{option if value else negated}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-                )
-
-    compare(to_json(config) | {"name": "emoji_tiny"}, to_json(load_config("emoji_tiny")), "")
-    return found
-
-
-def start(stage: str, config: Config) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), "emoji_tiny", *flags(config)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
 
 
 def finish(stage: str, config: Config) -> None:

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax import sharding
@@ -188,15 +190,31 @@ def train(config: Config) -> bool:
         graph, optimizer, processor.emb, config, jax.tree.map(lambda array: array.sharding, state)
     )
 
-    # A preemption notice ends the loop after the running step, with a checkpoint
-    stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    # A preemption notice ends the loop after the running step, with a checkpoint; several processes agree on the step
+    notices = []
+    alone, first = jax.process_count() == 1, jax.process_index() == 0
+    previous = signal.signal(signal.SIGTERM, lambda *_: notices.append(True)) if alone else None
+
+    def overdue() -> bool:
+        late = np.array(time.monotonic() - saved > 60 * config.training.checkpoint_minutes)
+        return bool(late if alone else multihost_utils.broadcast_one_to_all(late))
+
+    def preempted(step: int) -> bool:
+        return bool(notices) if alone else multihost_utils.reached_preemption_sync_point(step)
 
     # Loop
     epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     writer = metrics.MetricLog(config.run_dir, start)
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(
+        total=steps,
+        initial=start,
+        desc=config.name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=1.0,
+        disable=not first,
+    )
     try:
         for step in range(start + 1, steps + 1):
             batch = sharding.to_devices(next(batches), mesh)
@@ -206,15 +224,18 @@ def train(config: Config) -> bool:
             if step % config.training.log_every == 0 or step == steps:
                 extra = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}
                 means = writer.write(step, extra, config.data.batch_size)
-                tqdm.write(metrics.describe(step, steps, means))
-            due = time.monotonic() - saved > 60 * config.training.checkpoint_minutes
-            if step % config.training.checkpoint_every == 0 or step == steps or due or stop:
-                checkpoints.save(step, state.trainable, state.opt_state, wait=bool(stop))
+                if first:
+                    tqdm.write(metrics.describe(step, steps, means))
+            stop = preempted(step)
+            scheduled = step % config.training.checkpoint_every == 0 or step == steps
+            if scheduled or stop or (step % config.training.log_every == 0 and overdue()):
+                checkpoints.save(step, state.trainable, state.opt_state, wait=stop)
                 saved = time.monotonic()
             if stop:
                 raise SystemExit(f"stopped at step {step} with a checkpoint; the same command goes on from there")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if alone:
+            signal.signal(signal.SIGTERM, previous)
         bar.close()
         writer.close()
         checkpoints.close()
