@@ -4,9 +4,7 @@ One program serves the TRACE fine-tuning and the generative pretraining of a sma
 trainable and which losses count.
 """
 
-import hashlib
 import logging
-import pathlib
 import re
 import signal
 import time
@@ -63,10 +61,8 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
 
 def model_identity(config: Config) -> str:
     """Names the base (by the hash of its weights' files) and the adapters that a checkpoint belongs to."""
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(config.model.base).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return f"base {digest.hexdigest()[:16]}, adapters {config.model.lora}, trainable {config.model.trainable}"
+    base = weights.fingerprint(config.model.base)
+    return f"base {base}, adapters {config.model.lora}, trainable {config.model.trainable}"
 
 
 def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
