@@ -28,7 +28,7 @@ from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.training import metrics
 from trace_jax.training.checkpoint import Checkpoints
 from trace_jax.training.losses import Mean, hybrid_loss
-from trace_jax.training.optimizer import make_optimizer, make_schedule
+from trace_jax.training.optimizer import make_optimizer, make_schedule, step_of
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,22 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
 def make_train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
-    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers."""
+    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers.
 
-    def loss_fn(trainable: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
+    Dropout is a pure function of (seed, step, layer, name), so that a resumed run draws what the straight one drew.
+    """
+    dropout = config.model.lora is not None and config.model.lora.dropout > 0
+
+    def loss_fn(
+        trainable: dict, frozen: dict, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         model = merge_model(graph, trainable, frozen)
-        hidden = model(batch.inputs)
+        hidden = model(batch.inputs, dropout=key)
         return hybrid_loss(hidden, model.head(), batch, emb, config.loss)
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(config.training.seed), step_of(state.opt_state)) if dropout else None
+        gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer count with floats
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -108,17 +115,32 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def init_optimizer(optimizer: optax.GradientTransformation, trainable: dict, mesh: jax.sharding.Mesh) -> optax.OptState:
+    """A fresh optimizer state, its moments sharded as their parameters."""
+    whole = sharding.replicated(mesh)
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: whole,
+    )
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+
+
 def merge_model(graph: nnx.GraphDef, trainable: dict, frozen: dict) -> Qwen2_5_VL:
     """Puts a split model together again."""
     flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(flat)))
 
 
-def restore_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) -> tuple[int, Qwen2_5_VL] | None:
-    """The newest good checkpoint of a run as (step, model), without its optimizer; None when there is none."""
+def restore_model(
+    config: Config, processor: Processor, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[int, Qwen2_5_VL] | None:
+    """The newest good checkpoint of a run, or that of `step`, as (step, model) without its optimizer; None: none."""
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
     checkpoints = Checkpoints(config, model_identity(config))
-    restored = checkpoints.restore(trainable=trainable)
+    restored = checkpoints.restore(only=step, trainable=trainable)
     checkpoints.close()
     return None if restored is None else (restored[0], merge_model(graph, restored[1]["trainable"], frozen))
 
@@ -138,15 +160,7 @@ def train(config: Config) -> bool:
     # State: new, then overwritten by a checkpoint where there is one
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
-    whole = sharding.replicated(mesh)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: whole,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+    opt_state = init_optimizer(optimizer, trainable, mesh)
     checkpoints = Checkpoints(config, model_identity(config))
     restored = checkpoints.restore(trainable=trainable, optimizer=opt_state)
     start, steps = 0, config.training.steps
