@@ -17,6 +17,7 @@ from trace_jax.model import adapter, weights
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks it
 
 LORA = Lora(rank=4, alpha=12.0, targets=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"))
 RSLORA = dataclasses.replace(LORA, rank=3, alpha=5.0, rslora=True, targets=("k_proj", "up_proj"))
@@ -94,7 +95,6 @@ def made_by_peft(base, folder, lora, **options):
     return model.base_model.model.eval()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
 @pytest.mark.parametrize("everything", [True, False], ids=["everything", "lora alone"])
 @pytest.mark.parametrize("lora", [LORA, RSLORA], ids=["lora", "rslora"])
 def test_peft_to_ours(base, tmp_path, lora, everything):

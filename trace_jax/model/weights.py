@@ -45,6 +45,7 @@ TABLE = (
 LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 NEWER = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))  # transformers >= 4.52
 HEADS = ("lm_head/kernel", "language/embed_tokens/embedding")  # the output rows; the latter where they are tied
+HEADER_BYTES = 10**8  # the format's own limit
 SHARD_BYTES = 2 * 10**9
 PARAMETERS = "parameters"  # of a base in our own layout: the Orbax checkpoint,
 ORIGIN = "origin.json"  # and what it was made of
@@ -128,7 +129,10 @@ def _header(file: epath.Path) -> dict[str, dict[str, Any]]:
     """Name -> dtype and shape of the tensors of a safetensors file, which is read no further."""
     try:
         with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            length = int.from_bytes(stream.read(8), "little")
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(stream.read(length))
     except ValueError as error:
         raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
     header.pop("__metadata__", None)
