@@ -26,6 +26,8 @@ class Lora:
     alpha: float = 256.0
     rslora: bool = False  # scale alpha/sqrt(rank) instead of alpha/rank
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    # Of the adapters' input, in training. Not shown: a checkpoint names its adapters by the rest.
+    dropout: float = dataclasses.field(default=0.0, repr=False)
 
 
 @dataclasses.dataclass(frozen=True)

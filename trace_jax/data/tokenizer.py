@@ -4,12 +4,16 @@ A prompt ends where the assistant's turn begins. What the model writes there is 
 `<|emb|>` itself is never read: the state that predicts it is the embedding, and nothing comes after it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
+import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 import transformers
+from etils import epath
 
 from trace_jax.config import Data
 from trace_jax.data import instructions
@@ -23,6 +27,19 @@ class TextTooLongError(ValueError):
     """A user's text is over the limit."""
 
 
+@contextlib.contextmanager
+def local_files(folder: str | pathlib.Path | epath.Path) -> Iterator[pathlib.Path]:
+    """A model's folder on this machine's disk; of a remote one a temporary copy of its texts, without the weights."""
+    if "://" not in str(folder):
+        yield pathlib.Path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="trace_jax_") as copy:
+        for file in epath.Path(folder).iterdir():
+            if file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(".index.json"):
+                (pathlib.Path(copy) / file.name).write_bytes(file.read_bytes())
+        yield pathlib.Path(copy)
+
+
 @dataclasses.dataclass(frozen=True)
 class Processor:
     """The tokenizer and the image geometry of one base model. Made by `Processor.from_hf`."""
@@ -34,15 +51,16 @@ class Processor:
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
-        """Loads the tokenizer of a Hugging Face folder and adds `<|emb|>` as its next token.
+        """Loads the tokenizer of a Hugging Face folder, local or remote, and adds `<|emb|>` as its next token.
 
         Raises FileNotFoundError where there is no such folder.
         """
-        if not (pathlib.Path(folder) / "config.json").is_file():
+        if not (epath.Path(folder) / "config.json").exists():
             raise FileNotFoundError(f"no Hugging Face model in {folder} (--model.base): it has no config.json")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+        with local_files(folder) as local:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(local))
+            geometry = Geometry.from_hf(local, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
-        geometry = Geometry.from_hf(folder, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
         return cls(tokenizer, geometry, data.prompts, data.max_text_tokens)
 
     def id_of(self, token: str) -> int:

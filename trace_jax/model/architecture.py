@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionArchitecture:
@@ -95,14 +97,14 @@ class Architecture:
             raise ValueError("not a valid Qwen2.5-VL: " + "; ".join(problems))
 
     @classmethod
-    def from_hf(cls, folder: str | pathlib.Path) -> "Architecture":
+    def from_hf(cls, folder: str | pathlib.Path | epath.Path) -> "Architecture":
         """Reads `folder`/config.json: transformers 5's nested text_config, or the hub's flat layout.
 
         Raises FileNotFoundError when there is none, ValueError for another model type, a feature that Qwen2.5-VL's
         published checkpoints do not use, or a missing field.
         """
-        path = pathlib.Path(folder) / "config.json"
-        if not path.is_file():
+        path = epath.Path(folder) / "config.json"
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; give the folder of a Hugging Face Qwen2.5-VL")
         try:
             return cls.from_dict(json.loads(path.read_text()))

@@ -18,6 +18,7 @@ from trace_jax.model.layers import (
     RMSNorm,
     Rotary,
     SwiGLU,
+    dropout_key,
     lora_for,
     rotate,
     run_layers,
@@ -49,15 +50,20 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear("o_proj", architecture.num_heads * width, size, False)
         self.head_dim = width
 
-    def __call__(self, x: Array, rotary: Rotary, attend: Attend) -> tuple[Array, Any]:
-        """[rows, length, hidden], angles [rows, length, head_dim / 2] -> [rows, length, hidden], what is kept."""
+    def __call__(self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None) -> tuple[Array, Any]:
+        """[rows, length, hidden], angles [rows, length, head_dim / 2] -> [rows, length, hidden], what is kept.
 
-        def heads(y: Array) -> Array:
+        `dropout` is the layer's key, None: off.
+        """
+
+        def heads(project: Linear, name: str) -> Array:
+            y = project(x, dropout_key(dropout, name))
             return y.reshape(*y.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
-        q, k = rotate(heads(self.q_proj(x)), rotary), rotate(heads(self.k_proj(x)), rotary)
-        y, kept = attend(q, k, heads(self.v_proj(x)))
-        return self.o_proj(y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)), kept
+        q, k = rotate(heads(self.q_proj, "q_proj"), rotary), rotate(heads(self.k_proj, "k_proj"), rotary)
+        y, kept = attend(q, k, heads(self.v_proj, "v_proj"))
+        y = y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        return self.o_proj(y, dropout_key(dropout, "o_proj")), kept
 
 
 class DecoderLayer(nnx.Module):
@@ -80,11 +86,11 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = norm()
         self.mlp = SwiGLU(size, hidden, bias=False, lora=lora, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Array, rotary: Rotary, attend: Attend) -> tuple[Array, Any]:
-        """Shapes as `SelfAttention`."""
-        y, kept = self.self_attn(self.input_layernorm(x), rotary, attend)
+    def __call__(self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None) -> tuple[Array, Any]:
+        """As `SelfAttention`."""
+        y, kept = self.self_attn(self.input_layernorm(x), rotary, attend, dropout)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), kept
+        return x + self.mlp(self.post_attention_layernorm(x), dropout), kept
 
 
 class Embedding(nnx.Module):
@@ -130,12 +136,19 @@ class Decoder(nnx.Module):
         return text_rotary(positions, self.architecture.mrope_section, self.architecture.rope_theta)
 
     def __call__(
-        self, x: Array, segments: Array, positions: Array, *, cache_length: int | None = None
+        self,
+        x: Array,
+        segments: Array,
+        positions: Array,
+        *,
+        cache_length: int | None = None,
+        dropout: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Packed rows: x [rows, L, hidden], segments [rows, L], positions [rows, L, 3] int32.
 
         Returns the states after the final norm [rows, L, hidden] float32, and, when `cache_length` >= L is given, the
-        keys and values of every layer in caches of so many slots (else an empty tuple).
+        keys and values of every layer in caches of so many slots (else an empty tuple). `dropout` is the step's key
+        of the adapters' dropout, None: off.
         """
         rotary = self._rotary(positions)
 
@@ -146,14 +159,14 @@ class Decoder(nnx.Module):
             room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))
             return y, (jnp.pad(k, room), jnp.pad(v, room))
 
-        def body(layer: DecoderLayer, x: Array, _: Array) -> tuple[Array, LayerCache | None]:
-            return layer(x, rotary, attend)
+        def body(layer: DecoderLayer, x: Array, index: Array) -> tuple[Array, LayerCache | None]:
+            return layer(x, rotary, attend, None if dropout is None else jax.random.fold_in(dropout, index))
 
         x, kept = run_layers(
             body,
             x,
             self.layers,
-            np.zeros(self.architecture.num_layers, bool),
+            np.arange(self.architecture.num_layers, dtype=np.int32),
             scan=self.scan_layers,
             remat=self.remat,
         )

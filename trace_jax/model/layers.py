@@ -7,6 +7,7 @@ the row of <|emb|>).
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -31,7 +32,7 @@ class DTypes:
 
 
 class Linear(nnx.Module):
-    """y = x kernel + bias + scale (x lora_a) lora_b, in `dtypes.compute`.
+    """y = x kernel + bias + scale (drop(x) lora_a) lora_b, in `dtypes.compute`.
 
     `kernel` [in, out]; `bias` [out]; `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b`
     [rank, out], zeros. Bias and adapters are optional.
@@ -56,10 +57,11 @@ class Linear(nnx.Module):
         self.lora_a = nnx.LoRAParam(a) if rank else None
         self.lora_b = nnx.LoRAParam(jnp.zeros((rank, out_features), jnp.float32)) if rank else None
         self.scale = 0.0 if lora is None else lora.alpha / (math.sqrt(rank) if lora.rslora else rank)
+        self.dropout = 0.0 if lora is None else lora.dropout
         self.dtype = dtypes.compute
 
-    def __call__(self, x: Array) -> Array:
-        """[..., in] any float -> [..., out] in the compute dtype.
+    def __call__(self, x: Array, dropout: Array | None = None) -> Array:
+        """[..., in] any float -> [..., out] in the compute dtype. `dropout` is the key of the adapter's; None: off.
 
         The product is a plain matrix product: XLA:CPU takes twice as long for the gradient of a batched one.
         """
@@ -67,7 +69,11 @@ class Linear(nnx.Module):
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
-            low = x @ self.lora_a[...].astype(self.dtype)
+            seen = x
+            if dropout is not None and self.dropout:
+                kept = jax.random.bernoulli(dropout, 1 - self.dropout, x.shape)
+                seen = jnp.where(kept, x / jnp.asarray(1 - self.dropout, self.dtype), jnp.zeros((), self.dtype))
+            low = seen @ self.lora_a[...].astype(self.dtype)
             y = y + jnp.asarray(self.scale, self.dtype) * (low @ self.lora_b[...].astype(self.dtype))
         if self.bias is not None:
             y = y + _row(self.bias[...], y)
@@ -103,14 +109,21 @@ class SwiGLU(nnx.Module):
         self.up_proj = linear("up_proj", features, hidden)
         self.down_proj = linear("down_proj", hidden, features)
 
-    def __call__(self, x: Array) -> Array:
-        """[..., features] -> [..., features]."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+    def __call__(self, x: Array, dropout: Array | None = None) -> Array:
+        """[..., features] -> [..., features]. `dropout` is the layer's key, None: off."""
+        gate = self.gate_proj(x, dropout_key(dropout, "gate_proj"))
+        up = self.up_proj(x, dropout_key(dropout, "up_proj"))
+        return self.down_proj(jax.nn.silu(gate) * up, dropout_key(dropout, "down_proj"))
 
 
 def lora_for(lora: Lora | None, name: str) -> Lora | None:
     """`lora` when the linear layer called `name` is among its targets."""
     return lora if lora is not None and name in lora.targets else None
+
+
+def dropout_key(layer: Array | None, name: str) -> Array | None:
+    """The key of the linear layer called `name`, from that of its decoder layer; None stays None."""
+    return None if layer is None else jax.random.fold_in(layer, zlib.crc32(name.encode()))
 
 
 def _row(vector: Array, like: Array) -> Array:

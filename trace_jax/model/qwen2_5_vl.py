@@ -26,7 +26,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
     `emb_row` [D] float32 is the learned <|emb|>: it stands in for row `emb_token_id` of the head and of the input
     embedding. `lora` adapts the decoder's linear layers. `dtype` is what matrix products run in, `param_dtype` what
     the base is stored in; LoRA, projector and emb_row are stored in float32. Raises ValueError for an emb_token_id
-    outside the vocabulary or unknown LoRA targets.
+    outside the vocabulary or unknown LoRA targets or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -47,6 +47,8 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         known = Lora().targets
         if lora is not None and not set(lora.targets) <= set(known):
             raise ValueError(f"LoRA targets {sorted(set(lora.targets) - set(known))} are none of {known}")
+        if lora is not None and not 0 <= lora.dropout < 1:
+            raise ValueError(f"LoRA dropout {lora.dropout} is not in [0, 1)")
         dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(param_dtype))
         run = {"scan_layers": scan_layers, "remat": remat}
         self.vision = VisionEncoder(architecture.vision, dtypes=dtypes, rngs=rngs, **run)
@@ -89,7 +91,9 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         row = self.emb_row[...].astype(self.dtype).reshape((1,) * tokens.ndim + (-1,))
         return jnp.where((tokens == self.emb_token_id)[..., None], row, x)
 
-    def _read(self, inputs: Inputs, visual: Array | None, cache_length: int | None) -> tuple[Array, Cache]:
+    def _read(
+        self, inputs: Inputs, visual: Array | None, cache_length: int | None, dropout: Array | None = None
+    ) -> tuple[Array, Cache]:
         shards, rows, length = inputs.tokens.shape
         x = self.embed(jnp.asarray(inputs.tokens))
         if visual is None and inputs.patches.size:
@@ -103,14 +107,16 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             jnp.asarray(inputs.segments).reshape(shards * rows, length),
             jnp.asarray(inputs.positions).reshape(shards * rows, length, 3),
             cache_length=cache_length,
+            dropout=dropout,
         )
 
-    def __call__(self, inputs: Inputs, *, visual: Array | None = None) -> Array:
+    def __call__(self, inputs: Inputs, *, visual: Array | None = None, dropout: Array | None = None) -> Array:
         """The last layer's states after the final norm: [S, R, L, D] float32; padding holds finite nonsense.
 
         `visual` takes the place of `self.visual(inputs)`. Inputs without patches (V = 0) skip the vision encoder.
+        `dropout` is the key of the adapters' dropout; None, as everywhere but in training, is off.
         """
-        hidden, _ = self._read(inputs, visual, None)
+        hidden, _ = self._read(inputs, visual, None, dropout)
         return hidden.reshape(*inputs.tokens.shape, -1)
 
     # ---- head ----------------------------------------------------------------------------------------------------

@@ -1,21 +1,30 @@
 """Hugging Face safetensors <-> our tree, both ways.
 
-One table names every parameter's tensors; loading compares all of them with the files before reading any, and reads
-each device's shard straight from the files.
+One table names every parameter's tensors; loading compares all of them with the files before reading any. It goes
+through the files once, tensor by tensor, straight into the devices' shards: beside these, host memory never holds
+more than one tensor. The base may also be a folder in our own layout (`save_base`), of which every process reads its
+own shards alone.
 """
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
+from etils import epath
 from flax import nnx
 
 from trace_jax.config import Lora
@@ -35,7 +44,11 @@ TABLE = (
 )
 LEAVES = {"kernel": "weight", "bias": "bias", "scale": "weight", "embedding": "weight"}
 NEWER = ((r"^model\.language_model\.", "model."), (r"^model\.visual\.", "visual."))  # transformers >= 4.52
-SHARD_BYTES = 5 * 10**9
+HEADS = ("lm_head/kernel", "language/embed_tokens/embedding")  # the output rows; the latter where they are tied
+HEADER_BYTES = 10**8  # the format's own limit
+SHARD_BYTES = 2 * 10**9
+PARAMETERS = "parameters"  # of a base in our own layout: the Orbax checkpoint,
+ORIGIN = "origin.json"  # and what it was made of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,76 +99,157 @@ def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 class Checkpoint:
-    """The safetensors of a folder, sharded or not, by the hub's names."""
+    """The safetensors of a folder, local or remote, sharded or not, by the hub's names.
 
-    def __init__(self, folder: str | pathlib.Path) -> None:
-        folder = pathlib.Path(folder)
+    Only the headers are read at first. Raises FileNotFoundError, or ValueError for a damaged header.
+    """
+
+    def __init__(self, folder: str | pathlib.Path | epath.Path) -> None:
+        folder = epath.Path(folder)
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.is_file():
+        if index.exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif single.is_file():
+        elif single.exists():
             names = [single.name]
         else:
             raise FileNotFoundError(f"{folder}: neither {single.name} nor {index.name} is there")
-        absent = [name for name in names if not (folder / name).is_file()]
+        self.files = [folder / name for name in names]
+        absent = [file.name for file in self.files if not file.exists()]
         if absent:
             raise FileNotFoundError(f"{folder}: shards named by the index are missing: {', '.join(absent)}")
-        self._tensors: dict[str, tuple[Any, str]] = {}
-        for name in names:
-            handle = safetensors.safe_open(folder / name, framework="np")
-            for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                ours = key
-                for newer, older in NEWER:
-                    ours = re.sub(newer, older, ours)
-                self._tensors[ours] = (handle, key)
-
-    def keys(self) -> set[str]:
-        """Names of all tensors, in the hub's layout."""
-        return set(self._tensors)
-
-    def slice(self, key: str) -> Any:
-        """A lazily read tensor: has get_shape(), and is indexed like an array."""
-        handle, name = self._tensors[key]
-        return handle.get_slice(name)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self.slice(key).get_shape())
+        self.tensors: list[dict[str, str]] = []  # of each file: the hub's name -> the file's
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            header = _header(file)
+            self.tensors.append({functools.reduce(lambda k, row: re.sub(*row, k), NEWER, key): key for key in header})
+            self.shapes |= {ours: tuple(header[key]["shape"]) for ours, key in self.tensors[-1].items()}
 
 
-def check(checkpoint: Checkpoint, table: Mapping[str, Source]) -> None:
-    """Raises ValueError that lists every missing, unexpected and mis-shaped tensor."""
-    expected = {key: source.shape for source in table.values() for key in source.keys}
-    there = checkpoint.keys()
-    problems = [f"missing: {key}" for key in sorted(expected.keys() - there)]
-    problems += [f"unexpected: {key}" for key in sorted(there - expected.keys())]
+def _header(file: epath.Path) -> dict[str, dict[str, Any]]:
+    """Name -> dtype and shape of the tensors of a safetensors file, which is read no further."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if length > HEADER_BYTES:
+                raise ValueError(f"its header would have {length} bytes")
+            header = json.loads(stream.read(length))
+    except ValueError as error:
+        raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def is_remote(path: str | pathlib.Path | epath.Path) -> bool:
+    """Whether a path is a URL such as gs://..., not a file of this machine."""
+    return "://" in str(path)
+
+
+@contextlib.contextmanager
+def staged(file: epath.Path) -> Iterator[pathlib.Path]:
+    """The file on this machine's disk; a remote one is copied to a temporary file, which goes away again."""
+    if not is_remote(file):
+        yield pathlib.Path(file)
+        return
+    with tempfile.TemporaryDirectory(prefix="trace_jax_") as folder:
+        copy = pathlib.Path(folder) / file.name
+        with file.open("rb") as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target, 16 * 2**20)
+        yield copy
+
+
+def check(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Compares the shapes of a file's tensors with those wanted.
+
+    Raises ValueError "the weights do not fit `what`" that lists every missing, unexpected and mis-shaped tensor.
+    """
+    problems = [f"missing: {key}" for key in sorted(expected.keys() - shapes.keys())]
+    problems += [f"unexpected: {key}" for key in sorted(shapes.keys() - expected.keys())]
     problems += [
-        f"shape of {key}: {checkpoint.shape(key)} in the file, {shape} by config.json"
+        f"shape of {key}: {shapes[key]} in the file, {shape} by the architecture"
         for key, shape in sorted(expected.items())
-        if key in there and checkpoint.shape(key) != shape
+        if key in shapes and tuple(shapes[key]) != tuple(shape)
     ]
     if problems:
-        raise ValueError("the weights do not fit the architecture:\n  " + "\n  ".join(problems))
+        raise ValueError(f"the weights do not fit {what}:\n  " + "\n  ".join(problems))
 
 
-def read(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-    """The part `index` of a parameter, in our layout."""
+def read(file: pathlib.Path, name: str, source: Source, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Tensor `name` of a file as an array `like` this one, in our layout; local shards' parts alone, once each.
 
-    def one(key: str, part: tuple[slice, ...]) -> np.ndarray:
-        if len(source.shape) > 2:  # the patch convolution: small, and flattened
-            whole = checkpoint.slice(key)[...]
-            return whole.reshape(whole.shape[0], -1).T[part].astype(dtype)
-        if source.transposed:
-            return checkpoint.slice(key)[part[1], part[0]].T.astype(dtype)
-        return checkpoint.slice(key)[part].astype(dtype)
+    The file is mapped for this tensor alone: pages of a mapped file count as the process's memory. Raises ValueError
+    for a damaged file.
+    """
+    try:
+        with safetensors.safe_open(file, framework="np") as handle:
+            stored = handle.get_slice(name)
+            parts: dict[str, np.ndarray] = {}  # replicas share a part
 
-    if not source.stacked:
-        return one(source.keys[0], index)
-    return np.stack([one(key, index[1:]) for key in source.keys[index[0]]])
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                index = index or (slice(None),) * len(like.shape)
+                if str(index) not in parts:
+                    if len(source.shape) > 2:  # the patch convolution: small, and flattened
+                        values = stored[...].reshape(source.shape[0], -1).T[index]
+                    elif source.transposed:
+                        values = stored[index[::-1]].T
+                    else:
+                        values = stored[index]
+                    parts[str(index)] = np.ascontiguousarray(values.astype(like.dtype, copy=False))
+                return parts[str(index)]
+
+            return jax.block_until_ready(jax.make_array_from_callback(like.shape, like.sharding, part))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
+
+
+def _read_safetensors(
+    folder: epath.Path, table: Mapping[str, Source], abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """The parameters of the table, file by file; errors as `load`."""
+    checkpoint = Checkpoint(folder)
+    check(checkpoint.shapes, {key: source.shape for source in table.values() for key in source.keys}, "config.json")
+    owners = {key: (path, layer) for path, source in table.items() for layer, key in enumerate(source.keys)}
+    arrays: dict[str, jax.Array] = {}
+    place: dict[str, Callable[..., jax.Array]] = {}
+    for path in (path for path, source in table.items() if source.stacked):
+        like = abstract[path]
+        arrays[path] = jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
+        place[path] = jax.jit(
+            lambda stack, one, layer: jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0),
+            donate_argnums=0,
+            out_shardings=like.sharding,
+        )
+    for file, tensors in zip(checkpoint.files, checkpoint.tensors, strict=True):
+        with staged(file) as local:
+            for key, name in tensors.items():
+                path, layer = owners[key]
+                if path in place:
+                    one = read(local, name, table[path], _of_layer(abstract[path]))
+                    arrays[path] = place[path](arrays[path], one, layer)
+                else:
+                    arrays[path] = read(local, name, table[path], abstract[path])
+    return arrays
+
+
+def _of_layer(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer of a stack, split as the stack is; its leading axis is not."""
+    sharding = stack.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        assert not sharding.spec or sharding.spec[0] is None, f"{sharding.spec} splits a stack of layers"
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=sharding)
+
+
+def _read_base(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """The parameters of a base in our own layout; every process reads its own shards. Errors as `load`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / PARAMETERS).item_metadata
+        shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
+        check(shapes, {path: leaf.shape for path, leaf in wanted.items()}, "config.json")
+        return checkpointer.restore(folder / PARAMETERS, wanted)
 
 
 def load(
-    folder: str | pathlib.Path,
+    folder: str | pathlib.Path | epath.Path,
     architecture: Architecture | None = None,
     *,
     lora: Lora | None = None,
@@ -165,88 +259,111 @@ def load(
     seed: int = 0,
     **options: Any,
 ) -> Qwen2_5_VL:
-    """Reads a Hugging Face folder into a model; `options` are those of Qwen2_5_VL (dtype, scan_layers, ...).
+    """Reads a Hugging Face folder, or one of `save_base`, into a model; `options` are those of Qwen2_5_VL (dtype, ...).
 
     `architecture` defaults to the folder's config.json. `emb_row` starts as the head's row `init_emb_from` (default:
     emb_token_id's own row, as `save` wrote it). LoRA is drawn from `seed`. `shardings(path, shape)` places each
     parameter; every process reads only its own part. Raises FileNotFoundError, or ValueError listing every missing,
     unexpected and mis-shaped tensor.
     """
+    folder = epath.Path(folder)
     architecture = architecture or Architecture.from_hf(folder)
 
     def make() -> Qwen2_5_VL:
         return Qwen2_5_VL(architecture, lora=lora, emb_token_id=emb_token_id, rngs=nnx.Rngs(seed), **options)
 
     model = nnx.eval_shape(make)
-    abstract = flat_parameters(model)
-    table = sources(architecture, {path: leaf.shape for path, leaf in abstract.items()})
-    checkpoint = Checkpoint(folder)
-    check(checkpoint, table)
-
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    placed = {path: shardings(path, leaf.shape) if shardings else default for path, leaf in abstract.items()}
+    abstract = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=shardings(path, leaf.shape) if shardings else default
+        )
+        for path, leaf in flat_parameters(model).items()
+    }
+    table = sources(architecture, {path: leaf.shape for path, leaf in abstract.items()})
+    if (folder / PARAMETERS).exists():
+        arrays = _read_base(folder, {path: abstract[path] for path in table})
+    else:
+        arrays = _read_safetensors(folder, table, abstract)
+
     new = [path for path in abstract if path not in table]
 
     def fresh() -> dict[str, jax.Array]:
         drawn = flat_parameters(make())
         return {path: drawn[path][...] for path in new}
 
-    arrays = jax.jit(fresh, out_shardings={path: placed[path] for path in new})() if new else {}
-    for path, source in table.items():
-        leaf = abstract[path]
-        arrays[path] = jax.make_array_from_callback(
-            leaf.shape,
-            placed[path],
-            lambda index, source=source, dtype=leaf.dtype: read(checkpoint, source, index or (), dtype),
-        )
+    arrays |= jax.jit(fresh, out_shardings={path: abstract[path].sharding for path in new})() if new else {}
     if emb_token_id is not None:
         row = emb_token_id if init_emb_from is None else init_emb_from
-        source = table.get("lm_head/kernel", table["language/embed_tokens/embedding"])
-        values = np.asarray(checkpoint.slice(source.keys[0])[row : row + 1])[0].astype(np.float32)
-        arrays["emb_row"] = jax.device_put(values, placed["emb_row"])
+        pick = jax.jit(head_row, static_argnums=1, out_shardings=abstract["emb_row"].sharding)
+        arrays["emb_row"] = pick({path: arrays[path] for path in HEADS if path in arrays}, row)
     nnx.update(model, nnx.from_flat_state([(tuple(path.split("/")), array) for path, array in arrays.items()]))
     return model
+
+
+def head_row(parameters: Mapping[str, jax.Array], row: int) -> jax.Array:
+    """Row `row` of the base's head, [D] float32."""
+    kernel = parameters.get(HEADS[0])
+    values = parameters[HEADS[1]][row] if kernel is None else kernel[:, row]
+    return values.astype(jnp.float32)
+
+
+def fingerprint(folder: str | pathlib.Path | epath.Path) -> str:
+    """Names a base by its weights: sixteen digits of the hash of its safetensors, kept by `save_base`."""
+    folder = epath.Path(folder)
+    if (folder / ORIGIN).exists():
+        return json.loads((folder / ORIGIN).read_text())["fingerprint"]
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 # ---- saving ------------------------------------------------------------------------------------------------------
 
 
-def merged_parameters(model: Qwen2_5_VL) -> dict[str, jax.Array]:
-    """The parameters as a plain Qwen2.5-VL has them: LoRA added into its kernels, emb_row put into its rows."""
-    leaves = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
-    merged = {path: leaf for path, leaf in leaves.items() if not path.endswith(("lora_a", "lora_b", "emb_row"))}
-    for path, lora_a in leaves.items():
-        module, _, leaf = path.rpartition("/")
-        if leaf != "lora_a":
-            continue
+def merged_layer(
+    model: Qwen2_5_VL, leaves: Mapping[str, jax.Array], path: str, layer: int | None, dtype: np.dtype
+) -> jax.Array:
+    """A parameter (of one layer, where layers are stacked) as a plain Qwen2.5-VL has it, in `dtype`.
+
+    LoRA is added into its kernel in float32, emb_row put into its rows.
+    """
+    whole = leaves[path]
+    value = whole if layer is None else whole[layer]
+    module, _, leaf = path.rpartition("/")
+    if leaf == "kernel" and f"{module}/lora_a" in leaves:
         block, name = module.split("/")[-2:]
         scale = getattr(getattr(model.language.layers, block), name).scale
-        lora_b, kernel = leaves[f"{module}/lora_b"], leaves[f"{module}/kernel"]
-        delta = jnp.einsum("lir,lro->lio", lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
-        merged[f"{module}/kernel"] = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
-    if model.emb_token_id is not None:
-        embedding = merged["language/embed_tokens/embedding"]
-        row = leaves["emb_row"].astype(embedding.dtype)
-        merged["language/embed_tokens/embedding"] = embedding.at[model.emb_token_id].set(row)
-        if "lm_head/kernel" in merged:
-            merged["lm_head/kernel"] = merged["lm_head/kernel"].at[:, model.emb_token_id].set(row)
-    return merged
+        lora_a, lora_b = leaves[f"{module}/lora_a"][layer], leaves[f"{module}/lora_b"][layer]
+        delta = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+        value = value.astype(jnp.float32) + scale * delta
+    value = value.astype(dtype)
+    if model.emb_token_id is not None and path == "language/embed_tokens/embedding":
+        value = value.at[model.emb_token_id].set(leaves["emb_row"].astype(dtype))
+    if model.emb_token_id is not None and path == "lm_head/kernel":
+        value = value.at[:, model.emb_token_id].set(leaves["emb_row"].astype(dtype))
+    return value
 
 
-def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, dtype: Any = None, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes config.json and safetensors in the hub's layout, for `transformers` and for `load`.
 
-    LoRA is merged into the kernels, emb_row written into the embedding's and the head's row; files of at most
-    `shard_bytes` (one tensor at least).
+    LoRA is merged into the kernels, emb_row written into the embedding's and the head's row, one tensor at a time.
+    `dtype` is that of the files (default: each parameter's own). Files hold at most `shard_bytes` (one tensor at
+    least); host memory holds one file. A model that is spread over several processes cannot be saved.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = merged_parameters(model)
-    table = sources(model.architecture, {path: leaf.shape for path, leaf in parameters.items()})
+    leaves = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
+    table = sources(model.architecture, {path: leaf.shape for path, leaf in leaves.items()})
+    dtypes = {path: np.dtype(dtype or leaves[path].dtype) for path in table}
     entries = [(key, path, i) for path, source in table.items() for i, key in enumerate(source.keys)]
 
     def size(path: str) -> int:
-        return parameters[path].nbytes // len(table[path].keys)
+        return leaves[path].size // len(table[path].keys) * dtypes[path].itemsize
 
     files: list[list[tuple[str, str, int]]] = [[]]
     room = shard_bytes
@@ -263,7 +380,7 @@ def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, shard_bytes: int = SH
         tensors = {}
         for key, path, i in file:
             source = table[path]
-            value = np.asarray(parameters[path][i] if source.stacked else parameters[path])
+            value = np.asarray(merged_layer(model, leaves, path, i if source.stacked else None, dtypes[path]))
             value = value.T if source.transposed else value
             tensors[key] = np.ascontiguousarray(value.reshape(source.shape))
             weight_map[key] = name
@@ -272,5 +389,17 @@ def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, shard_bytes: int = SH
         total = sum(size(path) for _, path, _ in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = {**model.architecture.to_hf(), "torch_dtype": str(parameters["language/norm/scale"].dtype)}
+    config = {**model.architecture.to_hf(), "torch_dtype": str(dtypes["language/norm/scale"])}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_base(model: Qwen2_5_VL, folder: str | pathlib.Path | epath.Path, origin: Mapping[str, Any]) -> None:
+    """Writes the base's parameters in our own layout (Orbax), local or remote, and `origin`, with its "fingerprint".
+
+    The model has no adapters and no emb_row. Every process writes its own shards.
+    """
+    folder = epath.Path(folder)
+    parameters = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / PARAMETERS, parameters)
+    (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n")

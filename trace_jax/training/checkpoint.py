@@ -67,15 +67,19 @@ class Checkpoints:
         if wait:
             self._manager.wait_until_finished()
 
-    def restore(self, **templates: Any) -> tuple[int, dict[str, Any]] | None:
-        """The newest readable checkpoint as (step, items); None when there is none.
+    def restore(self, *, only: int | None = None, **templates: Any) -> tuple[int, dict[str, Any]] | None:
+        """The newest readable checkpoint, or that of step `only`, as (step, items); None when there is none.
 
         `templates` holds the items wanted, "trainable" or both, as pytrees to be shaped and sharded like.
 
-        One that is corrupt or incomplete is passed over with a warning, for the one before it. Raises
+        Without `only`, one that is corrupt or incomplete is passed over with a warning, for the one before it. Raises
         CheckpointError when none can be read, or when they belong to another model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
+        if only is not None:
+            if only not in steps:
+                raise CheckpointError(f"no checkpoint {only} in {self.folder}; there are {sorted(steps)}")
+            steps = [only]
         for step in steps:
             try:
                 meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -93,6 +97,8 @@ class Checkpoints:
                 raise
             except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as error:
                 reason = str(error).strip().splitlines()[0]
+                if only is not None:
+                    raise CheckpointError(f"checkpoint {self.folder}/{step} cannot be read: {reason}") from error
                 log.warning("checkpoint %s/%d cannot be read (%s); trying the one before it", self.folder, step, reason)
                 shutil.rmtree(self.folder / str(step), ignore_errors=True)
         if steps:

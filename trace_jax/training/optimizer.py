@@ -21,6 +21,11 @@ def make_schedule(options: config.Optimizer, steps: int) -> optax.Schedule:
     )
 
 
+def step_of(state: optax.OptState) -> jax.Array:
+    """The steps that an optimizer state has taken, [] int32."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
+
+
 def make_optimizer(options: config.Optimizer, steps: int) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm. Only trainable parameters, a nested dict, are ever given to it."""
 

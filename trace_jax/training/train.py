@@ -4,9 +4,7 @@ One program serves the TRACE fine-tuning and the generative pretraining of a sma
 trainable and which losses count.
 """
 
-import hashlib
 import logging
-import pathlib
 import re
 import signal
 import time
@@ -32,7 +30,7 @@ from trace_jax.model.qwen2_5_vl import VISUAL, Qwen2_5_VL
 from trace_jax.training import metrics
 from trace_jax.training.checkpoint import Checkpoints
 from trace_jax.training.losses import Mean, ReadOut, hybrid_loss, read_out
-from trace_jax.training.optimizer import make_optimizer, make_schedule
+from trace_jax.training.optimizer import make_optimizer, make_schedule, step_of
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +63,8 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
 
 def model_identity(config: Config) -> str:
     """Names the base (by the hash of its weights' files) and the adapters that a checkpoint belongs to."""
-    digest = hashlib.sha256()
-    for file in sorted(pathlib.Path(config.model.base).glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return f"base {digest.hexdigest()[:16]}, adapters {config.model.lora}, trainable {config.model.trainable}"
+    base = weights.fingerprint(config.model.base)
+    return f"base {base}, adapters {config.model.lora}, trainable {config.model.trainable}"
 
 
 def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
@@ -97,26 +93,35 @@ def make_train_step(
     With `training.chunks` C > 1 the batch comes in S * C shards, and each device reads C of its own one after another:
     only embeddings and visual features outlive a chunk, and the backward pass reads each chunk again. The gradient
     is that of the whole batch (gradient caching), also of L_gen, whose tokens are counted over all chunks.
+
+    Dropout is a pure function of (seed, step, chunk, layer, name), so that a resumed run draws what the straight one
+    drew, and the second reading of a chunk what the first one drew.
     """
     chunks = config.training.chunks
+    dropout = config.model.lora is not None and config.model.lora.dropout > 0
 
-    def loss_fn(trainable: dict, frozen: dict, batch: Batch) -> tuple[jax.Array, dict[str, Mean]]:
+    def loss_fn(
+        trainable: dict, frozen: dict, batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, Mean]]:
         model = merge_model(graph, trainable, frozen)
         head = model.head()
 
-        def read(chunk: Batch) -> ReadOut:
-            return read_out(model(chunk.inputs), head, chunk, emb, config.loss)
+        def read(part: tuple[Batch, jax.Array | None]) -> ReadOut:
+            chunk, key = part
+            return read_out(model(chunk.inputs, dropout=key), head, chunk, emb, config.loss)
 
         if chunks == 1:
-            out = read(batch)
+            out = read((batch, key))
         else:
             batch = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = None if key is None else jax.random.split(key, chunks)
             policy = jax.checkpoint_policies.save_only_these_names(VISUAL)
-            out = jax.lax.map(jax.checkpoint(read, policy=policy), batch)
+            out = jax.lax.map(jax.checkpoint(read, policy=policy), (batch, keys))
         return hybrid_loss(out, batch, head[emb], config.loss)
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
-        gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(config.training.seed), step_of(state.opt_state)) if dropout else None
+        gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer count with floats
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -130,17 +135,32 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def init_optimizer(optimizer: optax.GradientTransformation, trainable: dict, mesh: jax.sharding.Mesh) -> optax.OptState:
+    """A fresh optimizer state, its moments sharded as their parameters."""
+    whole = sharding.replicated(mesh)
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: whole,
+    )
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+
+
 def merge_model(graph: nnx.GraphDef, trainable: dict, frozen: dict) -> Qwen2_5_VL:
     """Puts a split model together again."""
     flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(flat)))
 
 
-def restore_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) -> tuple[int, Qwen2_5_VL] | None:
-    """The newest good checkpoint of a run as (step, model), without its optimizer; None when there is none."""
+def restore_model(
+    config: Config, processor: Processor, mesh: jax.sharding.Mesh, step: int | None = None
+) -> tuple[int, Qwen2_5_VL] | None:
+    """The newest good checkpoint of a run, or that of `step`, as (step, model) without its optimizer; None: none."""
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
     checkpoints = Checkpoints(config, model_identity(config))
-    restored = checkpoints.restore(trainable=trainable)
+    restored = checkpoints.restore(only=step, trainable=trainable)
     checkpoints.close()
     return None if restored is None else (restored[0], merge_model(graph, restored[1]["trainable"], frozen))
 
@@ -160,15 +180,7 @@ def train(config: Config) -> bool:
     # State: new, then overwritten by a checkpoint where there is one
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
-    whole = sharding.replicated(mesh)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: whole,
-    )
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
+    opt_state = init_optimizer(optimizer, trainable, mesh)
     checkpoints = Checkpoints(config, model_identity(config))
     restored = checkpoints.restore(trainable=trainable, optimizer=opt_state)
     start, steps = 0, config.training.steps

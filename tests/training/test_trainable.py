@@ -1,0 +1,101 @@
+"""What trains, what does not, and in which dtypes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, traverse_util
+
+from tests import tiny
+from trace_jax import sharding
+from trace_jax.config import Lora, Mesh, Model
+from trace_jax.data.schema import tree_bytes
+from trace_jax.data.tokenizer import Processor
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.model.weights import flat_parameters
+from trace_jax.training.checkpoint import Checkpoints
+from trace_jax.training.optimizer import make_optimizer, step_of
+from trace_jax.training.train import init_optimizer, load_model, merge_model, model_identity, restore_model, split_model
+
+FULL = (r".*",)
+
+
+def paths(tree):
+    return {"/".join(map(str, path)) for path in traverse_util.flatten_dict(tree)}
+
+
+def split(trainable, lora):
+    model = Qwen2_5_VL(tiny.architecture(), lora=lora, emb_token_id=tiny.EMB, rngs=nnx.Rngs(0))
+    return set(flat_parameters(model)), *split_model(model, trainable)
+
+
+def gradient(graph, trainable, frozen, inputs):
+    def loss(trainable):
+        model = merge_model(graph, trainable, frozen)
+        hidden = model(inputs)
+        real = jnp.asarray(inputs.segments > 0)[..., None]
+        return jnp.sum(jnp.where(real, jnp.sin(hidden), 0.0)) + jnp.sum(jnp.cos(model.logits(hidden[:, :, 3])))
+
+    return jax.grad(loss)(trainable)
+
+
+@pytest.mark.parametrize("trainable, lora", [(Model.trainable, Lora(rank=4)), (FULL, None)], ids=["lora", "full"])
+def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tiny_config, trainable, lora):
+    everything, graph, chosen, frozen = split(trainable, lora)
+    assert paths(chosen) | paths(frozen) == everything and not paths(chosen) & paths(frozen)
+    adapted = {path for path in everything if path.startswith("projector/") or "lora_" in path or path == "emb_row"}
+    assert paths(chosen) == (everything if lora is None else adapted)
+    assert bool(paths(frozen)) == (lora is not None)
+
+    optimizer = make_optimizer(tiny_config.optimizer, 10)
+    mesh = sharding.make_mesh(Mesh())
+    on_mesh = jax.device_put(chosen, sharding.replicated(mesh))
+    state = init_optimizer(optimizer, on_mesh, mesh)
+    assert step_of(state) == 0
+    sizes = [leaf.size for leaf in jax.tree.leaves(chosen)]
+    moments = [leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert sorted(moments) == sorted(2 * sizes)
+    assert tree_bytes(state) <= 2 * tree_bytes(chosen) + 16  # and the counts
+
+    shapes = jax.eval_shape(gradient, graph, chosen, frozen, tiny.inputs())
+    assert paths(shapes) == paths(chosen)
+
+
+def test_full_fine_tuning_trains_everything(tiny_config):
+    _, graph, chosen, frozen = split(FULL, None)
+    optimizer = make_optimizer(dataclasses.replace(tiny_config.optimizer, warmup_steps=0), 10)
+
+    @jax.jit
+    def step(chosen, inputs):
+        with jax.numpy_dtype_promotion("standard"):
+            updates, _ = optimizer.update(gradient(graph, chosen, frozen, inputs), optimizer.init(chosen), chosen)
+        return optax.apply_updates(chosen, updates)
+
+    after = traverse_util.flatten_dict(step(chosen, tiny.inputs()))
+    for path, before in traverse_util.flatten_dict(chosen).items():
+        assert (after[path] != before).any(), path
+
+
+def test_a_bfloat16_base_has_float32_adapters_through_a_checkpoint(fresh_config):
+    model = dataclasses.replace(fresh_config.model, dtype="bfloat16", param_dtype="bfloat16")
+    config = dataclasses.replace(fresh_config, model=model)
+    mesh, processor = sharding.make_mesh(config.mesh), Processor.from_hf(config.model.base, config.data)
+    loaded = load_model(config, processor, mesh)
+    for path, leaf in flat_parameters(loaded).items():
+        trained = path.startswith("projector/") or "lora_" in path or path == "emb_row"
+        assert leaf.dtype == (jnp.float32 if trained else jnp.bfloat16), path
+        if trained:
+            leaf[...] = leaf[...] + jnp.float32(2.0**-20)  # lost in bfloat16
+    checkpoints = Checkpoints(config, model_identity(config))
+    _, trainable, _ = split_model(loaded, config.model.trainable)
+    checkpoints.save(1, trainable, {"count": jnp.int32(1)}, wait=True)
+    checkpoints.close()
+    restored = restore_model(config, processor, mesh)
+    assert restored is not None
+    again = flat_parameters(restored[1])
+    for path, leaf in flat_parameters(loaded).items():
+        assert again[path].dtype == leaf.dtype
+        np.testing.assert_array_equal(np.asarray(again[path][...]), np.asarray(leaf[...]), err_msg=path)
