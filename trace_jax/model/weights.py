@@ -82,6 +82,13 @@ def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -
     return table
 
 
+def hub_name(key: str) -> str:
+    """A tensor's name in the hub's layout, from that or from the newer one of transformers."""
+    for newer, older in NEWER:
+        key = re.sub(newer, older, key)
+    return key
+
+
 # ---- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -104,10 +111,7 @@ class Checkpoint:
         for name in names:
             handle = safetensors.safe_open(folder / name, framework="np")
             for key in handle.keys():  # noqa: SIM118 (a handle is no mapping)
-                ours = key
-                for newer, older in NEWER:
-                    ours = re.sub(newer, older, ours)
-                self._tensors[ours] = (handle, key)
+                self._tensors[hub_name(key)] = (handle, key)
 
     def keys(self) -> set[str]:
         """Names of all tensors, in the hub's layout."""
