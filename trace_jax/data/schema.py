@@ -31,6 +31,7 @@ class Query:
     def __post_init__(self) -> None:
         if not self.text.strip() and self.image is None:
             raise ValueError("empty query: give it a text, an image, or both")
+        _check_image(self.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,15 @@ class Document:
     def __post_init__(self) -> None:
         if not self.text.strip() and self.image is None:
             raise ValueError("empty document: give it a text, an image, or both")
+        _check_image(self.image)
+
+
+def _check_image(image: Any) -> None:
+    """Raises TypeError for a path, pixels, or the frames of a video."""
+    if image is not None and not isinstance(image, bytes):
+        raise TypeError(
+            f"the image is a {type(image).__name__}; give the bytes of one image file (video is not supported)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
