@@ -26,9 +26,10 @@ config = Config(
         max_text_tokens=64,
         weights={"t2i": 1.5, "i2t": 1.5, "i2i": 1.5, "it2i": 1.5},  # the rest are easier, or costlier
         max_trace_tokens=48,
+        hard_negatives=1,
     ),
     loss=Loss(temperature=0.03, vocabulary_chunk=256),
     optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
-    training=Training(steps=215, log_every=10, checkpoint_every=40),
+    training=Training(steps=180, log_every=10, checkpoint_every=40),
     evaluation=Evaluation(max_trace_tokens=48),
 )
