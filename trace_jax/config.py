@@ -39,6 +39,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
     remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["xla", "splash"] = "xla"  # splash is a TPU kernel: no scores in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Data:
     prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
+    targets: int = 0  # T: supervised tokens of a shard; 0 measures the first batches
     traces: bool = True  # False trains plain contrastive: every query is simple
     max_positives: int = 8  # K
     max_trace_tokens: int = 384
@@ -89,8 +91,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes all that remain."""
+    """Devices along each axis (sharding.py says what they split); -1 takes all that remain."""
 
+    slice: int = 1  # TPU slices, joined by the data-centre network
     data: int = -1
     fsdp: int = 1
     tensor: int = 1

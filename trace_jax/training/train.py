@@ -58,6 +58,7 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
         param_dtype=jnp.dtype(config.model.param_dtype),
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
+        attention=config.model.attention,
     )
 
 
@@ -184,7 +185,8 @@ def train(config: Config) -> bool:
     try:
         for step in range(start + 1, steps + 1):
             batch = sharding.to_devices(next(batches), mesh)
-            state, measured = train_step(state, frozen, batch)
+            with jax.set_mesh(mesh):
+                state, measured = train_step(state, frozen, batch)
             writer.add(measured)  # waits for the step before: the device has work, a stop is never far
             bar.update()
             if step % config.training.log_every == 0 or step == steps:
