@@ -57,7 +57,6 @@ class Data:
     prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
-    targets: int = 0  # T: supervised tokens of a shard; 0 measures the first batches
     traces: bool = True  # False trains plain contrastive: every query is simple
     max_positives: int = 8  # K
     max_trace_tokens: int = 384
@@ -121,6 +120,7 @@ class Evaluation:
     max_trace_tokens: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,8 +39,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/bias", P()),
     (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_a", P(None, "fsdp", None)),
-    (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_b", P(None, None, "tensor")),
-    (r"language/layers/.*/(o_proj|down_proj)/lora_a", P(None, "tensor", None)),
+    (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_b", P(None, "fsdp", "tensor")),
+    (r"language/layers/.*/(o_proj|down_proj)/lora_a", P(None, "tensor", "fsdp")),
     (r"language/layers/.*/(o_proj|down_proj)/lora_b", P(None, None, "fsdp")),
     (r"projector/mlp_0/kernel", P("fsdp", "tensor")),
     (r"projector/mlp_0/bias", P("tensor")),
@@ -121,7 +121,11 @@ def gathered(module: T, path: str, *, stacked: bool = False) -> T:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(value: jax.Array, split: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(value, P(*(None if axis == "fsdp" else axis for axis in split)))
+    return jax.lax.with_sharding_constraint(value, _whole(split))
+
+
+def _whole(split: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in split))
 
 
 def _gather_forward(value: jax.Array, split: P) -> tuple[jax.Array, None]:
@@ -129,6 +133,8 @@ def _gather_forward(value: jax.Array, split: P) -> tuple[jax.Array, None]:
 
 
 def _gather_backward(split: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Whole first: a product whose result is split at once would be a windowed einsum again.
+    gradient = jax.lax.with_sharding_constraint(gradient, _whole(split))
     return (jax.lax.with_sharding_constraint(gradient, split),)
 
 

@@ -228,7 +228,7 @@ def measure_capacity(examples: grain.MapDataset, shards: int, config: Config) ->
         pairs=data.batch_size // shards,
         rows=data.rows or math.ceil(rows * SLACK),
         patch_rows=data.patch_rows or math.ceil(patch_rows * SLACK),
-        targets=math.ceil((data.targets or targets * SLACK**2) / chunk) * chunk,
+        targets=math.ceil(targets * SLACK**2 / chunk) * chunk,
     )
 
 

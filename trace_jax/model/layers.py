@@ -184,8 +184,9 @@ def run_layers(
 ) -> tuple[Array, list[Any]]:
     """Folds `body(layer, x, extra[i]) -> (x, kept)` over the stack at `path`; returns x and what each layer kept.
 
-    On a mesh each layer's weights are gathered in the body, one layer at a time (`sharding.gathered`). `scan` compiles one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves
-    only the input of each layer for the backward pass, "dots" also the products with weights, "none" everything.
+    On a mesh each layer's weights are gathered in the body, one layer at a time (`sharding.gathered`). `scan` compiles
+    one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves only the input of each
+    layer for the backward pass, "dots" also the products with weights, "none" everything.
     """
 
     def gathering(layer: nnx.Module, x: Array, one: Any) -> tuple[Array, Any]:

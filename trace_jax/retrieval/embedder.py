@@ -102,7 +102,7 @@ class Retriever:
             raise MissingStageError(
                 f"no checkpoint in {folder}: run `make quickstart` (or launch/train.py {config.name}) first"
             )
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh)
         processor = Processor.from_hf(config.model.base, config.data)
         identity = model_identity(config)
         if untrained:

@@ -88,6 +88,20 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
     return graph, nnx.to_pure_dict(parts[0]), nnx.to_pure_dict(parts[1])
 
 
+def state_shardings(
+    optimizer: optax.GradientTransformation, trainable: dict, other: jax.sharding.Sharding
+) -> TrainState:
+    """How a state is split: moments as their parameters (arrays, or shapes with shardings), all else as `other`."""
+    opt_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: other,
+    )
+    return TrainState(jax.tree.map(lambda parameter: parameter.sharding, trainable), opt_shardings)
+
+
 def make_train_step(
     graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
@@ -143,14 +157,7 @@ def train(config: Config) -> bool:
     # State: new, then overwritten by a checkpoint where there is one
     optimizer = make_optimizer(config.optimizer, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
-    whole = sharding.replicated(mesh)
-    opt_shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: whole,
-    )
+    opt_shardings = state_shardings(optimizer, trainable, sharding.replicated(mesh)).opt_state
     opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(trainable)
     checkpoints = Checkpoints(config, model_identity(config))
     restored = checkpoints.restore(trainable=trainable, optimizer=opt_state)
