@@ -188,6 +188,8 @@ class _Module:
                 if parameter.opcode != "parameter" or number is None or not reads[number]:
                     continue
                 users = [each for each in inside.values() if parameter.name in each.operands]
+                if any(each.operands[0] != parameter.name for each in users):
+                    continue
                 if users and all(each.opcode == "dynamic-slice" for each in users):
                     reads[number] = sum(bytes_of(each.shape) for each in users)
                 elif users and all(each.opcode == "dynamic-update-slice" for each in users):

@@ -74,20 +74,24 @@ def check(config: Config, topology: str, *, slices: int = 1, kinds: Sequence[str
         capacity = programs.capacity_of(config, architecture, shards)
         needed = flops.model_flops(architecture, config, capacity, shards)
         program = programs.train_program(config, architecture, mesh)
-        reports.append(compile_program(program, mesh, chip, sum(needed.values()), config, str(capacity)))
+        reports.append(
+            compile_program(program, mesh, chip, config, model_flops=sum(needed.values()), shapes=str(capacity))
+        )
     if {"prefill", "decode"} & set(kinds):
         mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh, devices)
         for program in programs.generation_programs(config, architecture, mesh):
             if program.name in kinds:
                 needed = programs.generation_flops(config, architecture, program.name)
                 reports.append(
-                    compile_program(program, mesh, chip, needed, config, f"{config.evaluation.batch_size} rows")
+                    compile_program(
+                        program, mesh, chip, config, model_flops=needed, shapes=f"{config.evaluation.batch_size} rows"
+                    )
                 )
     return reports
 
 
 def compile_program(
-    program: Program, mesh: jax.sharding.Mesh, chip: Chip, model_flops: float, config: Config, shapes: str
+    program: Program, mesh: jax.sharding.Mesh, chip: Chip, config: Config, *, model_flops: float, shapes: str
 ) -> Report:
     """Compiles one program and reads the result; `model_flops` are of all devices, `shapes` for people."""
     traced = program.trace(mesh)
