@@ -41,6 +41,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
     remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["xla", "splash"] = "xla"  # splash is a TPU kernel: no scores in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes all that remain."""
+    """Devices along each axis (sharding.py says what they split); -1 takes all that remain."""
 
+    slice: int = 1  # TPU slices, joined by the data-centre network
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -122,6 +124,7 @@ class Evaluation:
     max_trace_tokens: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 
 
 @dataclasses.dataclass(frozen=True)
