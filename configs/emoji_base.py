@@ -8,7 +8,7 @@ from trace_jax.config import Config, Data, Loss, Model, Optimizer, Training
 # Thousands of examples of each kind in all the steps. A picture of a thing is told apart from 12 readings, a fact or a
 # clock from 30 to 80; people need few of each, because tone, gender and job are shared by all of them.
 READ = {
-    "caption": {"person": 37, "thing": 12, "flag": 6, "symbol": 2.5, "clock": 3},
+    "caption": {"person": 37, "thing": 12, "flag": 6, "symbol": 2.5, "clock": 3.0},
     "words": {"person": 6, "thing": 3, "flag": 0.5, "symbol": 0.8, "clock": 0.8},
     "attribute": {"person": 8, "flag": 2, "symbol": 2.5, "clock": 2},
     "edit": {"person": 40, "symbol": 6, "clock": 9},
@@ -17,6 +17,7 @@ READ = {
     "translation": {"person": 7, "thing": 2, "symbol": 0.4, "clock": 0.4},
     "text edit": {"person": 10, "symbol": 2.4, "clock": 4.7},
     "riddle": {"person": 2, "flag": 5},
+    "fact": {"": 34},
 }
 
 config = Config(
@@ -39,8 +40,9 @@ config = Config(
         patch_row_length=64,
         min_pixels=14 * 14,
         max_pixels=56 * 56,
-        weights={f"{what} {subject}": share for what, shares in READ.items() for subject, share in shares.items()}
-        | {"fact": 34},
+        weights={
+            f"{what} {subject}".strip(): share for what, shares in READ.items() for subject, share in shares.items()
+        },
     ),
     loss=Loss(retrieval=0.0, vocabulary_chunk=256),
     optimizer=Optimizer(learning_rate=1.5e-3, warmup_steps=200, weight_decay=0.05, final_fraction=0.02),

@@ -48,12 +48,12 @@ def architecture(tie: bool = False) -> Architecture:
     )
 
 
-def sequence(seed: int, words: int, images: Sequence[tuple[int, int]] = ()) -> Tokens:
+def sequence(seed: int, words: int, images: Sequence[tuple[int, int]] = (), geometry: Geometry = GEOMETRY) -> Tokens:
     """Random words with random images of (height, width) pixels between them."""
     rng = np.random.default_rng(seed)
     pieces, patches = [rng.integers(1, 140, words)], []
     for height, width in images:
-        image = patchify(rng.integers(0, 256, (height, width, 3)).astype(np.uint8), GEOMETRY)
+        image = patchify(rng.integers(0, 256, (height, width, 3)).astype(np.uint8), geometry)
         patches.append(image)
         pieces += [[START], [IMAGE] * len(image.slots), [END], rng.integers(1, 140, words)]
     tokens = np.concatenate(pieces).astype(np.int32)

@@ -60,6 +60,7 @@ class Data:
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
     traces: bool = True  # False trains plain contrastive: every query is simple
     max_positives: int = 8  # K
+    hard_negatives: int = 0  # H: drawn for each query from its list in the release
     max_trace_tokens: int = 384
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 300 * 28 * 28
@@ -103,6 +104,7 @@ class Training:
     """Length, rhythm and seed of a run."""
 
     steps: int = 1000
+    chunks: int = 1  # C: parts of a device's batch that are in memory one after another; more is slower by a forward
     seed: int = 0
     log_every: int = 10
     checkpoint_every: int = 100

@@ -4,6 +4,7 @@ Axes: "data" replicates parameters and splits the batch, "fsdp" splits both, "te
 leading axis S is split over data and fsdp; the compiler inserts the collectives.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +39,22 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/mlp_2/kernel", P("tensor", "fsdp")),
     (r"projector/mlp_2/bias", P()),
 )
+
+
+def join_processes() -> None:
+    """Makes the processes of a TPU slice, or of any cluster that JAX detects, one program; call it before all else.
+
+    Elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID tell. A process alone stays alone.
+    """
+    if "JAX_PROCESS_ID" in os.environ:
+        processes, own = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(num_processes=processes, process_id=own)
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # what JAX says where it detects no cluster
+            raise
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:

@@ -176,8 +176,8 @@ def test_pools_are_whole_and_nest(tiny):
     assert local["mbeir_emojiedits_task7_cand_pool"] == local["mbeir_emoji_task7_cand_pool"]
     assert set().union(*local.values()) == set(candidates(tiny, "test"))
     assert set(candidates(tiny, "val")) < set(candidates(tiny, "test"))
-    positives = {did for q in queries(tiny, "train") for did in q["pos_cand_list"]}
-    assert set(candidates(tiny, "train")) == positives
+    named = {did for q in queries(tiny, "train") for did in q["pos_cand_list"] + q["neg_cand_list"]}
+    assert set(candidates(tiny, "train")) == named
     for split in HELD_OUT:
         for path in (tiny / "query" / split).glob("*.jsonl"):
             pool = local[path.stem.removesuffix(split) + "cand_pool"]

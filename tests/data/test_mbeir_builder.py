@@ -82,6 +82,7 @@ def test_queries(release, tmp_path):
         "query_txt": "is blue",
         "image": RED,
         "modality": "image,text",
+        "src_content": "",
         "task_id": 7,
         "dataset_id": 7,
         "pos_dids": ["7:1"],
@@ -220,5 +221,5 @@ def test_the_embedded_release_goes_through_the_same_door(tmp_path):
             name = query["query_img_path"]
             assert record["image"] == ((tmp_path / "release" / name).read_bytes() if name else b"")
     train = mbeir.load_candidates(tmp_path, "train")
-    positives = {did for record in mbeir.load_queries(tmp_path, "train") for did in record["pos_dids"]}
-    assert set(train.keys) == positives
+    queries = mbeir.load_queries(tmp_path, "train")
+    assert set(train.keys) == {did for record in queries for did in record["pos_dids"] + record["neg_dids"]}

@@ -82,6 +82,30 @@ def test_own_document_is_among_the_positives(tiny_config, processor):
     assert (batch.positives == batch.document_key[..., None]).any(axis=-1).all()
 
 
+def test_hard_negatives_are_the_own_picture_of_queries_that_have_one(tiny_config, processor):
+    data = dataclasses.replace(tiny_config.data, hard_negatives=2)
+    batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=2).batches[0]
+    has_one = np.isin(batch.task, [4, 7]) & (batch.query_index >= 0)
+    assert has_one.any() and (batch.negative_index[has_one][:, 0] >= 0).all()
+    assert (batch.negative_index[..., 1] == -1).all()  # the release names one each
+    assert (batch.negative_index[~np.isin(batch.task, [4, 7, 8])] == -1).all()
+    assert not (batch.negative_key[..., :1] == batch.positives)[has_one].any()
+    for shard, pair in np.argwhere(has_one & (batch.task == 4)):
+        query, negative = (
+            _visual_patches(batch.inputs, shard, index[shard, pair])
+            for index in (batch.query_index, batch.negative_index[..., 0])
+        )
+        np.testing.assert_array_equal(query, negative)
+
+
+def _visual_patches(inputs, shard, last):
+    """The merged patches of the sequence that ends in slot `last` of a shard."""
+    row, column = divmod(int(last), inputs.tokens.shape[-1])
+    same = inputs.segments[shard, row] == inputs.segments[shard, row, column]
+    index = inputs.visual_index[shard, row][same]
+    return inputs.patches[shard].reshape(-1, 4, inputs.patches.shape[-1])[index[index >= 0]]
+
+
 def test_a_batch_that_cannot_be_dealt_is_refused(tiny_config, processor):
     with pytest.raises(ValueError, match="cannot be dealt"):
         training_batches(tiny_config, processor, shards=3)

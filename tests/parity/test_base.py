@@ -1,13 +1,17 @@
 """The embedded base: transformers reads the same folder and computes the same."""
 
 import io
+import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from trace_jax.config import ROOT, load_config
+from trace_jax.data.builders import mbeir
 from trace_jax.data.processor import pack, stack_shards
+from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor, append
 from trace_jax.model import weights
 
@@ -68,6 +72,34 @@ def test_states_and_logits_equal_transformers(reference, with_image):
         output = reference(**arguments, output_hidden_states=True)
     for mine, theirs in zip(ours, (output.hidden_states[-1][0], output.logits[0]), strict=True):
         np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_embeds_as_float32_does(tiny_config, capsys):
+    processor = Processor.from_hf(BASE, load_config("emoji_tiny").data)
+    release = pathlib.Path(tiny_config.data.root) / "tiny"
+    candidates = mbeir.load_candidates(release, mbeir.TRAIN_POOL)
+    records = [candidates[int(row)] for row in np.linspace(0, len(candidates) - 1, 20)]
+    documents = [Document(record["txt"], record["image"] or None) for record in records]
+    kinds = {(bool(document.text), document.image is not None) for document in documents}
+    assert kinds == {(True, False), (False, True), (True, True)}
+    sequences = [processor.document(document) for document in documents]
+    sequences += [processor.query(Query(document.text, document.image, "Find it.")) for document in documents]
+    packed = pack(
+        sequences, processor.geometry, rows=24, row_length=128, patch_rows=32, patch_row_length=64, pad_token=0
+    )
+    assert (packed.starts >= 0).all()
+    last = packed.starts + [len(sequence) - 1 for sequence in sequences]
+
+    def embed(dtype: str) -> np.ndarray:
+        model = weights.load(BASE, scan_layers=False, dtype=dtype, param_dtype=dtype)
+        states = np.asarray(jax.jit(lambda m, x: m(x))(model, stack_shards([packed.inputs])))
+        states = states.reshape(-1, states.shape[-1])[last]
+        return states / np.linalg.norm(states, axis=-1, keepdims=True)
+
+    cosines = (embed("bfloat16") * embed("float32")).sum(axis=-1)
+    with capsys.disabled():
+        print(f"\nbfloat16 to float32, {len(cosines)} embeddings: least {cosines.min():.5f}, mean {cosines.mean():.5f}")
+    assert cosines.min() >= 0.999
 
 
 def test_the_chat_template_is_ours():

@@ -11,60 +11,17 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.parity.reference import image_arguments, load_hf, random_hf, run_hf, torch, transformers
 from trace_jax.config import Lora
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-
-def save_random_hf(folder: pathlib.Path, tie: bool) -> None:
-    """Writes a random Hugging Face model of the tiny architecture, biases and norms included."""
-    torch.manual_seed(0)
-    config = tiny.architecture(tie).to_hf()
-    reference = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**config))
-    with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name or "ln_q" in name else 0.1 * noise)
-    reference.save_pretrained(folder)
-
-
-def load_hf(folder: pathlib.Path):
-    """Loads with Hugging Face; every tensor must find its place."""
-    reference, report = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
-    )
-    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
-    return reference.eval()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def folder(request, tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("hf")
-    save_random_hf(path, request.param)
+    random_hf(tiny.architecture(request.param)).save_pretrained(path)
     return path
-
-
-def pixel_values(image) -> np.ndarray:
-    """Patches in Hugging Face's order: merge units in reading order."""
-    unit = tiny.GEOMETRY.merge_unit
-    return image.values.reshape(-1, unit, image.values.shape[-1])[image.slots].reshape(image.values.shape)
-
-
-def run_hf(reference, sequence) -> tuple[np.ndarray, np.ndarray]:
-    """States after the final norm [l, D] and logits [l, vocab] of one sequence, positions computed by the reference."""
-    tokens = torch.tensor(sequence.tokens[None].astype(np.int64))
-    arguments = {"input_ids": tokens, "mm_token_type_ids": (tokens == tiny.IMAGE).int()}
-    if sequence.images:
-        values = np.concatenate([pixel_values(image) for image in sequence.images])
-        grids = [[1, 2 * image.grid[0], 2 * image.grid[1]] for image in sequence.images]
-        arguments |= {"pixel_values": torch.tensor(values), "image_grid_thw": torch.tensor(grids)}
-    with torch.no_grad():
-        reference.model.rope_deltas = None
-        output = reference(**arguments, output_hidden_states=True)
-    return output.hidden_states[-1][0].numpy(), output.logits[0].numpy()
 
 
 def compare(model, reference, tolerance: float = 1e-4) -> float:
@@ -99,11 +56,10 @@ def test_vision_encoder_and_projector(folder):
         if not sequence.images:
             assert (index == -1).all()
             continue
-        values = torch.tensor(np.concatenate([pixel_values(image) for image in sequence.images]))
-        grids = torch.tensor([[1, 2 * image.grid[0], 2 * image.grid[1]] for image in sequence.images])
+        images = image_arguments([sequence])
         with torch.no_grad():
-            expected = reference.model.visual(values, grid_thw=grids).pooler_output.numpy()
-        np.testing.assert_allclose(visual[index[index >= 0]], expected, atol=1e-5, rtol=1e-5)
+            expected = reference.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
+        np.testing.assert_allclose(visual[index[index >= 0]], expected.numpy(), atol=1e-5, rtol=1e-5)
 
 
 def test_saved_model_with_lora_and_emb_row_loads_in_hf(folder, tmp_path):

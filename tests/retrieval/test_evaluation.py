@@ -105,6 +105,11 @@ def test_metrics_hold_what_is_promised(evaluated):
         assert entry["modes"]["direct"]["reasoned_fraction"] == 0
         assert entry["modes"]["adaptive"]["queries_per_second"] > 0
         assert entry["local"]["R@10"] >= entry["global"]["R@10"]
+        kinds = entry["kinds"].values()
+        assert sum(kind["queries"] for kind in kinds) == entry["queries"]
+        assert sum(kind["queries"] * kind["R@5"] for kind in kinds) / entry["queries"] == pytest.approx(
+            entry["local"]["R@5"], abs=0.02
+        )
     mean = np.mean([entry["local"]["R@5"] for entry in metrics["tasks"].values()])
     assert metrics["average"] == pytest.approx(mean, abs=0.01)
     assert metrics["validation"]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.training.losses import info_nce, normalize, take_states, token_cross_entropy
+from trace_jax.training.losses import Documents, info_nce, normalize, take_states, token_cross_entropy
 
 
 def states(seed, *shape):
@@ -47,26 +47,24 @@ def reference_info_nce(queries, documents, valid, keys, positives, temperature):
         if not valid[i]:
             continue
         negatives = [
-            j for j in range(len(queries)) if j != i and valid[j] and keys[j] != keys[i] and keys[j] not in positives[i]
+            j
+            for j in range(len(documents))
+            if j != i and valid[j] and keys[j] != keys[i] and keys[j] not in positives[i]
         ]
         scores = np.array([queries[i] @ documents[j] / temperature for j in [i, *negatives]])
         losses.append(np.log(np.exp(scores).sum()) - scores[0])
     return np.mean(losses)
 
 
-def test_info_nce_masks_known_positives_duplicates_and_empty_slots():
-    queries, documents = normalize(states(0, 7, 5)), normalize(states(1, 7, 5))
-    valid = np.array([1, 1, 1, 1, 1, 0, 1], bool)
-    keys = np.array([10, 11, 12, 10, 14, 15, 16])
+@pytest.mark.parametrize("hard", [0, 3])
+def test_info_nce_masks_known_positives_duplicates_and_empty_slots(hard):
+    queries, documents = normalize(states(0, 7, 5)), normalize(states(1, 7 + hard, 5))
+    valid = np.array([1, 1, 1, 1, 1, 0, 1, 1, 0, 1][: 7 + hard], bool)
+    keys = np.array([10, 11, 12, 10, 14, 15, 16, 17, 18, 12][: 7 + hard])
     positives = np.array([[10, 12], [11, -1], [12, -1], [10, -1], [14, 16], [15, -1], [16, -1]])
-    loss, recall = info_nce(
-        queries,
-        documents,
-        valid=jnp.asarray(valid),
-        document_key=jnp.asarray(keys),
-        positives=jnp.asarray(positives),
-        temperature=0.1,
-    )
+    every = Documents(documents, jnp.asarray(keys), jnp.asarray(valid))
+    own, negatives = (Documents(*(part[at] for part in every)) for at in (slice(7), slice(7, None)))
+    loss, recall = info_nce(queries, own, negatives, positives=jnp.asarray(positives), temperature=0.1)
     expected = reference_info_nce(np.asarray(queries), np.asarray(documents), valid, keys, positives, 0.1)
     np.testing.assert_allclose(loss.value(), expected, rtol=1e-5)
     assert loss.count == 6 and 0 <= recall.value() <= 1
@@ -77,9 +75,10 @@ def test_an_empty_slot_has_no_gradient_and_no_nan():
     valid = jnp.array([True, True, False])
 
     def loss(queries):
-        keys, positives = jnp.array([1, 2, -1]), jnp.array([[1], [2], [-1]])
-        options = {"valid": valid, "document_key": keys, "positives": positives, "temperature": 0.1}
-        return info_nce(normalize(queries), documents, **options)[0].value()
+        own = Documents(documents, jnp.array([1, 2, -1]), valid)
+        none = Documents(*(part[:0] for part in own))
+        positives = jnp.array([[1], [2], [-1]])
+        return info_nce(normalize(queries), own, none, positives=positives, temperature=0.1)[0].value()
 
     gradient = jax.grad(loss)(states(0, 3, 5).at[2].set(0.0))
     assert np.isfinite(gradient).all() and (gradient[2] == 0).all() and (gradient[0] != 0).any()

@@ -47,7 +47,7 @@ class Tokenized:
     query: Sequence
     prompt: int  # tokens of the query before the trace
     targets: list[int]  # what the states from the prompt's last token on shall predict; empty: not supervised
-    document: Sequence | None
+    documents: list[Sequence]  # the answer, then hard negatives; none in the generative pretraining
 
     @property
     def size(self) -> int:
@@ -56,14 +56,14 @@ class Tokenized:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """The query, and the document where there is one."""
-        return [self.query] if self.document is None else [self.query, self.document]
+        """The query, then the documents."""
+        return [self.query, *self.documents]
 
 
 def retrieval_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]:
     """The training pairs of each task of a release in M-BEIR's layout, shuffled and repeated without end.
 
-    Every draw takes a random positive and one of the four instructions, as M-BEIR trains.
+    Every draw takes a random positive, random hard negatives and one of the four instructions, as M-BEIR trains.
     """
     folder = pathlib.Path(config.data.root) / config.data.release
     queries = mbeir.load_queries(folder, "train")
@@ -71,17 +71,24 @@ def retrieval_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]
     place = {did: row for row, did in enumerate(candidates.keys)}
     prompts = mbeir.load_instructions(folder)
 
+    def document(did: str) -> Document:
+        candidate = candidates[place[did]]
+        return Document(candidate["txt"], candidate["image"] or None)
+
     def draw(record: dict, rng: np.random.Generator) -> Example:
         did = record["pos_dids"][rng.integers(len(record["pos_dids"]))]
         candidate = candidates[place[did]]
+        hard = min(config.data.hard_negatives, len(record["neg_dids"]))
+        negatives = rng.choice(record["neg_dids"], hard, replace=False) if hard else ()
         choices = prompts[record["dataset_id"], record["modality"], candidate["modality"]]
         return Example(
             query=Query(record["query_txt"], record["image"] or None, choices[rng.integers(len(choices))]),
-            document=Document(candidate["txt"], candidate["image"] or None),
+            document=document(did),
             target=f"{record['reasoning']} {record['answer']}".strip() if config.data.traces else "",
             task=record["task_id"],
             document_key=mbeir.hash_did(did),
             positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
+            negatives=tuple((document(str(negative)), mbeir.hash_did(negative)) for negative in negatives),
             name=record["qid"],
         )
 
@@ -136,13 +143,14 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
     if example.document is None:
         system = instructions.assistant_prompt(processor.prompts)
         prompt = processor.chat(system, example.query.text, example.query.image, example.name)
-        closing, document = processor.end, None
+        closing, documents = processor.end, []
     else:
         prompt = processor.query(example.query, example.name)
-        closing, document = processor.emb, processor.document(example.document, example.name)
+        wanted = [example.document, *(negative for negative, _ in example.negatives)]
+        closing, documents = processor.emb, [processor.document(each, example.name) for each in wanted]
     trace = processor.encode(example.target)[: config.data.max_trace_tokens] if example.target else []
     supervised = bool(trace) or config.loss.supervise_emb
-    return Tokenized(example, append(prompt, trace), len(prompt), [*trace, closing] if supervised else [], document)
+    return Tokenized(example, append(prompt, trace), len(prompt), [*trace, closing] if supervised else [], documents)
 
 
 def pack_batch(
@@ -181,6 +189,8 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
         "query_index": np.full(pairs, -1, np.int32),
         "document_index": np.full(pairs, -1, np.int32),
         "document_key": np.full(pairs, -1, np.int32),
+        "negative_index": np.full((pairs, data.hard_negatives), -1, np.int32),
+        "negative_key": np.full((pairs, data.hard_negatives), -1, np.int32),
         "positives": np.full((pairs, data.max_positives), -1, np.int32),
         "task": np.full(pairs, -1, np.int32),
         "reasoned": np.zeros(pairs, bool),
@@ -199,8 +209,11 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
         out["query_index"][i] = places[0] + len(item.query) - 1
         out["task"][i] = item.example.task
         out["reasoned"][i] = len(item.query) > item.prompt
-        if item.document is not None:
-            out["document_index"][i] = places[1] + len(item.document) - 1
+        if item.documents:
+            ends = [place + len(sequence) - 1 for place, sequence in zip(places, item.sequences, strict=True)]
+            out["document_index"][i] = ends[1]
+            out["negative_index"][i, : len(ends) - 2] = ends[2:]
+            out["negative_key"][i, : len(ends) - 2] = [key for _, key in item.example.negatives]
             out["document_key"][i] = item.example.document_key
             known = item.example.positives[: data.max_positives]
             out["positives"][i, : len(known)] = known

@@ -11,6 +11,8 @@ import io
 import json
 import math
 import pathlib
+import re
+import warnings
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
@@ -18,10 +20,24 @@ from PIL import Image, ImageOps
 
 from trace_jax.data.schema import Inputs
 
+MOST_PIXELS = 80_000_000  # of an image file; above it, the file is taken for a decompression bomb
+LONGEST = 200  # the longer side over the shorter one; the reference's limit
+# Not all that Pillow opens: a user's EPS would be run by Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
+# How MP4, QuickTime, 3GP, Matroska, WebM, AVI, MPEG and Flash files begin.
+VIDEO = re.compile(rb".{4}ftyp(iso|mp4|avc|M4V|3g|qt)|\x1aE\xdf\xa3|RIFF.{4}AVI |\x00\x00\x01[\xb3\xba]|FLV\x01", re.S)
+
+# Pillow warns from 89 million pixels on; such files are refused here, so nobody needs the warning. (A filter for one
+# call would be no help: filters belong to the process, and images are decoded in threads.)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How an image becomes patches. Sizes in pixels; `mean` and `std` per RGB channel of values in [0, 1]."""
+    """How an image becomes patches. Sizes in pixels; `mean` and `std` per RGB channel of values in [0, 1].
+
+    Raises ValueError for limits that no size can keep to.
+    """
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -31,6 +47,14 @@ class Geometry:
     max_pixels: int = 300 * 28 * 28
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self) -> None:
+        token = (self.patch_size * self.merge_size) ** 2
+        if not 0 < self.min_pixels <= self.max_pixels or self.max_pixels < token:
+            raise ValueError(
+                f"min_pixels {self.min_pixels} and max_pixels {self.max_pixels}: give 0 < min_pixels <= max_pixels, "
+                f"and max_pixels of one visual token ({token} pixels) at least"
+            )
 
     @property
     def patch_dim(self) -> int:
@@ -44,10 +68,30 @@ class Geometry:
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, *, min_pixels: int, max_pixels: int) -> "Geometry":
-        """Reads config.json and preprocessor_config.json of a Hugging Face folder; the pixel limits are ours."""
+        """Reads config.json and preprocessor_config.json of a Hugging Face folder; the pixel limits are ours.
+
+        Raises ValueError, listing them, for settings of the processor that no published Qwen2.5-VL has.
+        """
         folder = pathlib.Path(folder)
         vision = json.loads((folder / "config.json").read_text())["vision_config"]
         processor = json.loads((folder / "preprocessor_config.json").read_text())
+        supported = {
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "do_rescale": True,
+            "do_normalize": True,
+            "resample": int(Image.Resampling.BICUBIC),
+            "rescale_factor": 1 / 255,
+            "patch_size": vision["patch_size"],
+            "temporal_patch_size": vision["temporal_patch_size"],
+            "merge_size": vision["spatial_merge_size"],
+        }
+        other = {key: processor[key] for key, value in supported.items() if processor.get(key, value) != value}
+        if other:
+            raise ValueError(
+                f"{folder / 'preprocessor_config.json'}: {other} is not supported; expected "
+                f"{ {key: supported[key] for key in other} }"
+            )
         return cls(
             patch_size=vision["patch_size"],
             temporal_patch_size=vision["temporal_patch_size"],
@@ -85,23 +129,51 @@ class Sequence:
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes an image file to [height, width, 3] uint8, upright, transparency on white.
+    """Decodes an image file to [height, width, 3] uint8: upright by its EXIF, transparency on white.
 
-    Raises ValueError, naming `name`, when the bytes are no image, are cut off, or unpack to a decompression bomb.
+    Of an animation the first frame is taken; of 16-bit samples the high byte. Raises ValueError, naming `name` and the
+    mend: before any pixel is decoded, for a video, a single pixel (a placeholder), sides over 200:1, over 80 million
+    pixels, and 32-bit samples; then for bytes that are none of FORMATS, or are cut off.
     """
+    if VIDEO.match(data):
+        raise ValueError(f"{name}: a video; video is not supported, give one frame of it as an image")
     try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > 100_000_000:
-            raise ValueError(f"{name}: {image.width}x{image.height} pixels is over the limit of 100 million")
-        image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"{name}: over the limit of {MOST_PIXELS:,} pixels; scale it down") from error
+    except Exception as error:  # what Pillow raises on a broken header depends on the format
         raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{name}: {width}x{height} is over the limit of {MOST_PIXELS:,} pixels; scale it down")
+    if width * height <= 1:
+        raise ValueError(f"{name}: {width}x{height}, a single pixel shows nothing; replace the file")
+    _check_sides(height, width, name)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: nothing says which 32-bit sample is white; save it with 8 or 16 bits a channel")
+    try:
+        image.load()
+        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+    except Exception as error:  # likewise, on broken data
+        raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB, as the reference does, but for 16 bits, which Pillow would clip to white."""
+    if image.mode.startswith("I;16"):
+        samples = np.asarray(image)
+        grey = (samples >> 8).astype(np.uint8)
+        grey[samples == image.info.get("transparency", -1)] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
-    return np.asarray(image.convert("RGB"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _check_sides(height: int, width: int, name: str) -> None:
+    if max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"{name}: {width}x{height} pixels are longer than {LONGEST}:1; crop it")
 
 
 def fit_size(height: int, width: int, geometry: Geometry) -> tuple[int, int]:
@@ -110,8 +182,7 @@ def fit_size(height: int, width: int, geometry: Geometry) -> tuple[int, int]:
     Raises ValueError for sides of more than 200:1, which the reference refuses too.
     """
     factor = geometry.patch_size * geometry.merge_size
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"an image of {width}x{height} pixels is longer than 200:1; crop it")
+    _check_sides(height, width, "image")
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > geometry.max_pixels:
         scale = math.sqrt(height * width / geometry.max_pixels)
@@ -153,12 +224,14 @@ def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
     size, merge = geometry.patch_size, geometry.merge_size
     rows, columns = height // size // merge, width // size // merge
     positions, windows, slots = _window_order(rows, columns, geometry)
-    pixels = image.astype(np.float32) * np.float32(1 / 255)
-    pixels = (pixels - np.asarray(geometry.mean, np.float32)) / np.asarray(geometry.std, np.float32)
-    grid = pixels.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
-    patches = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x]
-    values = np.repeat(patches[:, :, None], geometry.temporal_patch_size, axis=2)
-    return Patches(values.reshape(len(positions), -1), positions, windows, slots, (rows, columns))
+    grid = image.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
+    patches = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x] uint8: the one gather
+    pixels = patches.reshape(len(patches), -1) / np.float32(255)
+    pixels -= np.repeat(np.asarray(geometry.mean, np.float32), size * size)[None]
+    pixels /= np.repeat(np.asarray(geometry.std, np.float32), size * size)[None]
+    values = np.empty((len(patches), 3, geometry.temporal_patch_size, size * size), np.float32)
+    values[...] = pixels.reshape(len(patches), 3, 1, size * size)
+    return Patches(values.reshape(len(patches), -1), positions, windows, slots, (rows, columns))
 
 
 def rope_positions(is_visual: np.ndarray, grids: SequenceOf[tuple[int, int]]) -> np.ndarray:

@@ -1,11 +1,12 @@
 """What flows through the house: queries, documents, examples, and the one static-shape batch.
 
 Shape letters, used in every docstring of the package:
-  S  shards: data-parallel groups of devices; every array of a batch has S as its leading axis and no index of
-     one shard points into another, so that nothing but the retrieval loss crosses devices
+  S  shards: data-parallel groups of devices, times the chunks of gradient caching; every array of a batch has S as
+     its leading axis and no index of one shard points into another, so that nothing but the retrieval loss crosses
+     devices
   R  packed text rows of a shard, L  tokens of a row
   V  packed vision rows of a shard, P  patches of a row (a multiple of the merge unit, 4)
-  B  pairs of a shard, T  supervised tokens of a shard, K  known positives kept for a query
+  B  pairs of a shard, T  supervised tokens of a shard, K  known positives kept for a query, H  its hard negatives
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ class Query:
     def __post_init__(self) -> None:
         if not self.text.strip() and self.image is None:
             raise ValueError("empty query: give it a text, an image, or both")
+        _check_image(self.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,15 @@ class Document:
     def __post_init__(self) -> None:
         if not self.text.strip() and self.image is None:
             raise ValueError("empty document: give it a text, an image, or both")
+        _check_image(self.image)
+
+
+def _check_image(image: Any) -> None:
+    """Raises TypeError for a path, pixels, or the frames of a video."""
+    if image is not None and not isinstance(image, bytes):
+        raise TypeError(
+            f"the image is a {type(image).__name__}; give the bytes of one image file (video is not supported)"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +61,7 @@ class Example:
 
     `target` is what the model shall write before the closing token: the trace R of the paper, empty for a simple
     query. `positives` are the document keys that must never count as this query's negatives; the pair's own
-    document is among them.
+    document is among them. `negatives` are (document, key) of wrong answers that lie near.
     """
 
     query: Query
@@ -59,6 +70,7 @@ class Example:
     task: int
     document_key: int = 0
     positives: tuple[int, ...] = ()
+    negatives: tuple[tuple[Document, int], ...] = ()
     name: str = ""  # the record that it came from, for error messages
 
 
@@ -86,6 +98,8 @@ class Batch(NamedTuple):
     query_index: Array  # [S, B] int32: the state that predicts <|emb|>; -1 where the slot holds no pair
     document_index: Array  # [S, B] int32: likewise for the pair's document
     document_key: Array  # [S, B] int32: equal keys are the same document
+    negative_index: Array  # [S, B, H] int32: likewise for hard negatives; -1 where a query has fewer
+    negative_key: Array  # [S, B, H] int32
     positives: Array  # [S, B, K] int32: keys that are never negatives of this query; padding is -1
     task: Array  # [S, B] int32
     reasoned: Array  # [S, B] bool: the query has a trace

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trace_jax.config import Lora
 from trace_jax.data import schema
@@ -16,6 +17,7 @@ from trace_jax.model.projector import Projector
 from trace_jax.model.vision import VisionEncoder
 
 Array = jax.Array
+VISUAL = "visual features"  # what the vision encoder gives, by the name that a remat policy knows it by
 
 
 class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
@@ -78,6 +80,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             flat(inputs.image_segments),
             flat(inputs.window_segments),
         )
+        features = checkpoint_name(features, VISUAL)
         return self.projector(features).reshape(shards, -1, self.architecture.language.hidden_size)
 
     def embed(self, tokens: Array) -> Array:

@@ -95,6 +95,13 @@ def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -
     return table
 
 
+def hub_name(key: str) -> str:
+    """A tensor's name in the hub's layout, from that or from the newer one of transformers."""
+    for newer, older in NEWER:
+        key = re.sub(newer, older, key)
+    return key
+
+
 # ---- loading -----------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +128,7 @@ class Checkpoint:
         self.shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             header = _header(file)
-            self.tensors.append({functools.reduce(lambda k, row: re.sub(*row, k), NEWER, key): key for key in header})
+            self.tensors.append({hub_name(key): key for key in header})
             self.shapes |= {ours: tuple(header[key]["shape"]) for ours, key in self.tensors[-1].items()}
 
 

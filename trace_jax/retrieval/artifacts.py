@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -86,10 +87,13 @@ class Stage:
 
 @contextlib.contextmanager
 def stage(run_dir: str, name: str) -> Iterator[Stage]:
-    """Records a stage's wall seconds in `<run_dir>/seconds.json`, unless it failed or had nothing to do."""
+    """Records a stage's wall seconds in `<run_dir>/seconds.json`, unless it failed or had nothing to do.
+
+    Of several processes the first one writes.
+    """
     started, running = time.monotonic(), Stage()
     yield running
     path = epath.Path(run_dir) / "seconds.json"
     seconds = read_json(path) or {}
-    if running.worked or name not in seconds:
+    if jax.process_index() == 0 and (running.worked or name not in seconds):
         write_json(path, seconds | {name: round(time.monotonic() - started, 1)})

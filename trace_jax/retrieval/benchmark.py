@@ -9,6 +9,7 @@ search, "global_val" likewise.
 import dataclasses
 import difflib
 import functools
+import json
 import pathlib
 import re
 
@@ -56,6 +57,7 @@ class Labelled:
     complex: np.ndarray  # [n] bool: a trace belongs to it
     reasonings: list[str]
     answers: list[str]
+    kinds: list[str]  # what sort of query its data set says it is; "" where it does not
 
     @property
     def traces(self) -> list[str]:
@@ -181,7 +183,17 @@ class Benchmark:
             complex=np.array([record["complex"] for record in records], bool),
             reasonings=[record["reasoning"] for record in records],
             answers=[record["answer"] for record in records],
+            kinds=[_kind(record["src_content"]) for record in records],
         )
+
+
+def _kind(src_content: str) -> str:
+    """The "kind" of a source content that is a JSON object; "" for any other."""
+    try:
+        content = json.loads(src_content)
+    except json.JSONDecodeError:
+        return ""
+    return str(content.get("kind", "")) if isinstance(content, dict) else ""
 
 
 class Candidates:

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 EvaluationMode = Mode | Literal["given"]  # "given" hands every query its true trace: the ceiling
 MODES = ("adaptive", "direct", "always", "given")
+BY_KIND = 5  # the k of the recall that is broken down by the kind of query
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
 
@@ -165,14 +166,21 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a query file; of the modes in `results`, the first is the one that counts."""
     config, main = searcher.config, next(iter(results))
-    ks, complex_ = config.evaluation.ks, labelled.complex
+    ks, complex_, kinds = config.evaluation.ks, labelled.complex, np.array(labelled.kinds)
     only_complex = [right for right, is_complex in zip(labelled.positives, complex_, strict=True) if is_complex]
     by_mode: dict[str, Any] = {}
+    by_kind: dict[str, Any] = {}
     for mode, result in results.items():
         by_mode[mode] = row = {}
         for scope, pool in (("local", query_set.pool), ("global", query_set.global_pool)):
             found = searcher.search(query_set, mode, pool, labelled.qids, result)
             row[scope] = recalls(found, labelled.positives, ks)
+            if scope == "local" and mode == main:
+                hits = hits_at(found, labelled.positives, BY_KIND)
+                by_kind = {
+                    kind: {"queries": int((kinds == kind).sum()), f"R@{BY_KIND}": _percent(hits[kinds == kind])}
+                    for kind in sorted(set(labelled.kinds) - {""})
+                }
             if scope == "local" and complex_.any():
                 row["local_complex"] = recalls(found[complex_], only_complex, ks)
         row["reasoned_fraction"] = round(float(result.reasoned.mean()), 4)
@@ -202,6 +210,7 @@ def measure(
             "right": _percent(right[wrote]) if wrote.any() else None,
             "right_of_complex": _percent((right & wrote)[complex_]) if complex_.any() else None,
         },
+        "kinds": by_kind,
         "ceiling": ceiling,
         "modes": by_mode,
     }

@@ -71,39 +71,63 @@ def token_cross_entropy(
     return Mean(total, jnp.sum(weights)), jnp.moveaxis(correct, 0, 1).reshape(shards, count)
 
 
+class Documents(NamedTuple):
+    """Candidates of InfoNCE: M of them, over all shards."""
+
+    vectors: jax.Array  # [M, D] normalised
+    key: jax.Array  # [M] int32
+    valid: jax.Array  # [M] bool
+
+
 def info_nce(
     queries: jax.Array,
-    documents: jax.Array,
+    documents: Documents,
+    negatives: Documents,
     *,
-    valid: jax.Array,
-    document_key: jax.Array,
     positives: jax.Array,
     temperature: float | jax.Array,
 ) -> tuple[Mean, Mean]:
     """L_ret: InfoNCE from query to document over the global batch; N = S * B.
 
-    queries and documents [N, D] normalised, valid [N] bool, document_key [N], positives [N, K]. A document that is
-    known to be right for a query (its key is among the query's positives) is never its negative. Returns the loss and
-    the recall@1 within the batch. The arrays are global: the compiler gathers the documents across devices.
+    queries [N, D] normalised; `documents` are N, of which query n's own is the n-th, and a query is valid where it is;
+    `negatives` are hard ones, any number; positives [N, K]. A document that is known to be right for a query (its key
+    is among the query's positives) is never its negative. Returns the loss and the recall@1 within the batch. The
+    arrays are global: the compiler gathers the documents across devices.
     """
-    scores = jnp.einsum("nd,md->nm", queries, documents, preferred_element_type=jnp.float32) / temperature
-    own = jnp.eye(len(queries), dtype=bool)
-    known = functools.reduce(
-        jnp.logical_or,
-        [positives[:, k, None] == document_key[None, :] for k in range(positives.shape[1])],
-        document_key[:, None] == document_key[None, :],
-    )
-    scores = jnp.where(own | (valid[None, :] & ~known), scores, MASKED)
-    own_score = jnp.diagonal(scores)
-    losses = jax.nn.logsumexp(scores, axis=1) - own_score
-    weight = valid.astype(jnp.float32)
-    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own_score >= jnp.max(scores, axis=1), weight)
+
+    def scored(candidates: Documents) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.einsum("nd,md->nm", queries, candidates.vectors, preferred_element_type=jnp.float32) / temperature
+        known = functools.reduce(
+            jnp.logical_or,
+            [positives[:, k, None] == candidates.key[None, :] for k in range(positives.shape[1])],
+            documents.key[:, None] == candidates.key[None, :],
+        )
+        return scores, candidates.valid[None, :] & ~known
+
+    scores, counted = scored(documents)
+    scores = jnp.where(counted | jnp.eye(len(queries), dtype=bool), scores, MASKED)
+    own = jnp.diagonal(scores)
+    if len(negatives.key):  # beside the others: rows are split over devices, columns are not
+        hard, counted = scored(negatives)
+        scores = jnp.concatenate([scores, jnp.where(counted, hard, MASKED)], axis=1)
+    losses = jax.nn.logsumexp(scores, axis=1) - own
+    weight = documents.valid.astype(jnp.float32)
+    return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own >= jnp.max(scores, axis=1), weight)
 
 
-def hybrid_loss(
-    hidden: jax.Array, head: jax.Array, batch: Batch, emb: int, options: config.Loss
-) -> tuple[jax.Array, dict[str, Mean]]:
-    """The objective of one step and its metrics. hidden [S, R, L, D] float32, head [vocabulary, D].
+class ReadOut(NamedTuple):
+    """What the loss needs of a forward pass; for chunks of a batch, with their leading axis C."""
+
+    queries: jax.Array  # [S, B, D] float32, normalised
+    documents: jax.Array  # [S, B, D]
+    negatives: jax.Array  # [S, B * H, D]
+    emits_first: jax.Array  # [S, B] bool: routes to direct embedding
+    generation: Mean
+    correct: Mean
+
+
+def read_out(hidden: jax.Array, head: jax.Array, batch: Batch, emb: int, options: config.Loss) -> ReadOut:
+    """Reads embeddings and L_gen off the states of one forward pass. hidden [S, R, L, D] float32, head [vocabulary, D].
 
     `emb` is the id of <|emb|>. The embedding of a sequence is the state that predicts <|emb|>, i.e. of the token right
     before it (paper Table 4, "pre-token").
@@ -112,34 +136,48 @@ def hybrid_loss(
     generation, correct = token_cross_entropy(
         states, head, batch.target_token, batch.target_weight, options.vocabulary_chunk
     )
-    metrics = {
-        "loss_gen": generation,
-        "token_accuracy": share(correct, batch.target_weight),
-    }
+    negative_index = batch.negative_index.reshape(len(hidden), -1)
+    return ReadOut(
+        *(normalize(take_states(hidden, at)) for at in (batch.query_index, batch.document_index, negative_index)),
+        emits_first=_emits_first(hidden, head, batch, emb),
+        generation=generation,
+        correct=share(correct, batch.target_weight),
+    )
+
+
+def hybrid_loss(
+    out: ReadOut, batch: Batch, emb_row: jax.Array, options: config.Loss
+) -> tuple[jax.Array, dict[str, Mean]]:
+    """The objective of one step and its metrics, of the global batch: all of `out` and `batch` may have an axis C.
+
+    emb_row [D] is the head's row of <|emb|>; its cosine to the embeddings is watched, because L_gen pulls them there.
+    """
+    generation, correct = (Mean(jnp.sum(mean.total), jnp.sum(mean.count)) for mean in (out.generation, out.correct))
+    metrics = {"loss_gen": generation, "token_accuracy": correct}
     loss = options.generation * generation.value()
     if options.retrieval:
-        valid = (batch.query_index >= 0) & (batch.document_index >= 0)
-        queries = normalize(take_states(hidden, batch.query_index))
-        documents = normalize(take_states(hidden, batch.document_index))
-        width = queries.shape[-1]
+        width = out.queries.shape[-1]
+        queries, documents, negatives = (
+            part.reshape(-1, width) for part in (out.queries, out.documents, out.negatives)
+        )
+        valid = (batch.query_index.reshape(-1) >= 0) & (batch.document_index.reshape(-1) >= 0)
         retrieval, recall = info_nce(
-            queries.reshape(-1, width),
-            documents.reshape(-1, width),
-            valid=valid.reshape(-1),
-            document_key=batch.document_key.reshape(-1),
+            queries,
+            Documents(documents, batch.document_key.reshape(-1), valid),
+            Documents(negatives, batch.negative_key.reshape(-1), batch.negative_index.reshape(-1) >= 0),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
             temperature=options.temperature,
         )
         loss = loss + options.retrieval * retrieval.value()
-        emits = _emits_first(hidden, head, batch, emb)
+        emits, reasoned = out.emits_first.reshape(-1), batch.reasoned.reshape(-1)
         weight = valid.astype(jnp.float32)
-        cosine = jnp.einsum("sbd,d->sb", queries, normalize(head[emb]))
+        cosine = jnp.einsum("nd,d->n", queries, normalize(emb_row))
         metrics |= {
             "loss_ret": retrieval,
             "recall_in_batch": recall,
             "emb_first": share(emits, weight),
-            "routing_accuracy": share(emits != batch.reasoned, weight),
-            "simple_fraction": share(~batch.reasoned, weight),
+            "routing_accuracy": share(emits != reasoned, weight),
+            "simple_fraction": share(~reasoned, weight),
             "emb_cosine": Mean(jnp.sum(cosine * weight), jnp.sum(weight)),
         }
     return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}

@@ -14,13 +14,16 @@ from trace_jax.training.losses import Mean
 class MetricLog:
     """Sums metrics between log steps and writes their means.
 
-    `<run_dir>/metrics.jsonl` holds one object a log step; on resume, what lies beyond the restored step is cut.
+    `<run_dir>/metrics.jsonl` holds one object a log step; on resume, what lies beyond the restored step is cut. Of
+    several processes the first one writes.
     """
 
     def __init__(self, run_dir: str, start_step: int) -> None:
         self._file = epath.Path(run_dir) / "metrics.jsonl"
         self._rows = [row for row in read_metrics(run_dir) if row["step"] <= start_step]
-        self._events = SummaryWriter(str(epath.Path(run_dir) / "tensorboard"), purge_step=start_step + 1)
+        self._writes = jax.process_index() == 0
+        events = str(epath.Path(run_dir) / "tensorboard")
+        self._events = SummaryWriter(events, purge_step=start_step + 1, write_to_disk=self._writes)
         self._sums: list[dict[str, Mean]] = []
         self._last = (time.perf_counter(), start_step)
 
@@ -45,7 +48,8 @@ class MetricLog:
         if not means["loss"] == means["loss"]:
             raise FloatingPointError(f"the loss is not a number at step {step}; lower --optimizer.learning-rate")
         self._rows.append({"step": step} | {name: round(value, 6) for name, value in means.items()})
-        self._file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        if self._writes:
+            self._file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         for name, value in means.items():
             self._events.add_scalar(name, value, step)
         return means

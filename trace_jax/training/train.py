@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from etils import epath
 from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax import sharding
@@ -24,10 +26,10 @@ from trace_jax.data.pipeline import training_batches
 from trace_jax.data.schema import Batch
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
-from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.model.qwen2_5_vl import VISUAL, Qwen2_5_VL
 from trace_jax.training import metrics
 from trace_jax.training.checkpoint import Checkpoints
-from trace_jax.training.losses import Mean, hybrid_loss
+from trace_jax.training.losses import Mean, ReadOut, hybrid_loss, read_out
 from trace_jax.training.optimizer import make_optimizer, make_schedule, step_of
 
 log = logging.getLogger(__name__)
@@ -88,16 +90,34 @@ def make_train_step(
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
     """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers.
 
-    Dropout is a pure function of (seed, step, layer, name), so that a resumed run draws what the straight one drew.
+    With `training.chunks` C > 1 the batch comes in S * C shards, and each device reads C of its own one after another:
+    only embeddings and visual features outlive a chunk, and the backward pass reads each chunk again. The gradient
+    is that of the whole batch (gradient caching), also of L_gen, whose tokens are counted over all chunks.
+
+    Dropout is a pure function of (seed, step, chunk, layer, name), so that a resumed run draws what the straight one
+    drew, and the second reading of a chunk what the first one drew.
     """
+    chunks = config.training.chunks
     dropout = config.model.lora is not None and config.model.lora.dropout > 0
 
     def loss_fn(
         trainable: dict, frozen: dict, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Mean]]:
         model = merge_model(graph, trainable, frozen)
-        hidden = model(batch.inputs, dropout=key)
-        return hybrid_loss(hidden, model.head(), batch, emb, config.loss)
+        head = model.head()
+
+        def read(part: tuple[Batch, jax.Array | None]) -> ReadOut:
+            chunk, key = part
+            return read_out(model(chunk.inputs, dropout=key), head, chunk, emb, config.loss)
+
+        if chunks == 1:
+            out = read((batch, key))
+        else:
+            batch = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
+            keys = None if key is None else jax.random.split(key, chunks)
+            policy = jax.checkpoint_policies.save_only_these_names(VISUAL)
+            out = jax.lax.map(jax.checkpoint(read, policy=policy), (batch, keys))
+        return hybrid_loss(out, batch, head[emb], config.loss)
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), step_of(state.opt_state)) if dropout else None
@@ -153,7 +173,7 @@ def train(config: Config) -> bool:
     """
     # Devices and model
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.data_shards(mesh)
+    shards = sharding.data_shards(mesh) * config.training.chunks
     processor = Processor.from_hf(config.model.base, config.data)
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
 
@@ -182,15 +202,31 @@ def train(config: Config) -> bool:
         graph, optimizer, processor.emb, config, jax.tree.map(lambda array: array.sharding, state)
     )
 
-    # A preemption notice ends the loop after the running step, with a checkpoint
-    stop = []
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    # A preemption notice ends the loop after the running step, with a checkpoint; several processes agree on the step
+    notices = []
+    alone, first = jax.process_count() == 1, jax.process_index() == 0
+    previous = signal.signal(signal.SIGTERM, lambda *_: notices.append(True)) if alone else None
+
+    def overdue() -> bool:
+        late = np.array(time.monotonic() - saved > 60 * config.training.checkpoint_minutes)
+        return bool(late if alone else multihost_utils.broadcast_one_to_all(late))
+
+    def preempted(step: int) -> bool:
+        return bool(notices) if alone else multihost_utils.reached_preemption_sync_point(step)
 
     # Loop
     epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     writer = metrics.MetricLog(config.run_dir, start)
     saved = time.monotonic()
-    bar = tqdm(total=steps, initial=start, desc=config.name, unit="step", dynamic_ncols=True, mininterval=1.0)
+    bar = tqdm(
+        total=steps,
+        initial=start,
+        desc=config.name,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=1.0,
+        disable=not first,
+    )
     try:
         for step in range(start + 1, steps + 1):
             batch = sharding.to_devices(next(batches), mesh)
@@ -200,15 +236,18 @@ def train(config: Config) -> bool:
             if step % config.training.log_every == 0 or step == steps:
                 extra = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}
                 means = writer.write(step, extra, config.data.batch_size)
-                tqdm.write(metrics.describe(step, steps, means))
-            due = time.monotonic() - saved > 60 * config.training.checkpoint_minutes
-            if step % config.training.checkpoint_every == 0 or step == steps or due or stop:
-                checkpoints.save(step, state.trainable, state.opt_state, wait=bool(stop))
+                if first:
+                    tqdm.write(metrics.describe(step, steps, means))
+            stop = preempted(step)
+            scheduled = step % config.training.checkpoint_every == 0 or step == steps
+            if scheduled or stop or (step % config.training.log_every == 0 and overdue()):
+                checkpoints.save(step, state.trainable, state.opt_state, wait=stop)
                 saved = time.monotonic()
             if stop:
                 raise SystemExit(f"stopped at step {step} with a checkpoint; the same command goes on from there")
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        if alone:
+            signal.signal(signal.SIGTERM, previous)
         bar.close()
         writer.close()
         checkpoints.close()

@@ -32,7 +32,7 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 QUERIES, CANDIDATES = "mbeir_queries", "mbeir_candidates"
 TRAIN_POOL = "mbeir_union_train_cand_pool"
 """The split of the candidates that holds the positives of all training queries."""
@@ -47,13 +47,14 @@ class ReleaseError(ValueError):
 
 class QueryRecord(TypedDict):
     """One query. `image` is the encoded file, b"" if none; `query_txt` "" if none. `complex` says
-    that a trace (`reasoning`, then `answer`) belongs to it.
+    that a trace (`reasoning`, then `answer`) belongs to it. `src_content` is what its data set kept of it.
     """
 
     qid: str
     query_txt: str
     image: bytes
     modality: str
+    src_content: str
     task_id: int
     dataset_id: int
     pos_dids: list[str]
@@ -163,6 +164,7 @@ def _query(release: Path, where: str, record: dict[str, Any], traces: dict[str, 
         "query_txt": txt,
         "image": image,
         "modality": _modality(record, "query_modality", txt, image, where),
+        "src_content": str(record.get("query_src_content") or ""),
         "task_id": task,
         "dataset_id": int(qid.split(":")[0]),
         "pos_dids": _dids(record, "pos_cand_list", where),
@@ -270,6 +272,7 @@ _QUERY_FEATURES = {
     "query_txt": _TEXT(),
     "image": _BYTES(),
     "modality": _TEXT(),
+    "src_content": _TEXT(),
     "task_id": np.int64,
     "dataset_id": np.int64,
     "pos_dids": tfds.features.Sequence(_TEXT()),
@@ -468,6 +471,7 @@ def _plain_query(record: Any) -> QueryRecord:
         "query_txt": _text(record, "query_txt"),
         "image": _bytes(record, "image"),
         "modality": _text(record, "modality"),
+        "src_content": _text(record, "src_content"),
         "task_id": _number(record, "task_id"),
         "dataset_id": _number(record, "dataset_id"),
         "pos_dids": _texts(record, "pos_dids"),
@@ -493,7 +497,7 @@ def load_queries(folder: Path | str, split: str) -> Source[QueryRecord]:
 
 
 def load_candidates(folder: Path | str, pool: str) -> Source[CandidateRecord]:
-    """The candidates of a pool: "train" (positives of training), or a file's stem such as
+    """The candidates of a pool: "train" (what training queries name), or a file's stem such as
     "mbeir_emoji_task7_cand_pool".
     """
     return Source(Path(folder), CANDIDATES, TRAIN_POOL if pool == "train" else pool, _plain_candidate)

@@ -39,7 +39,10 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """One query. `reasoning` and `answer` are empty where no thought is needed."""
+    """One query. `reasoning` and `answer` are empty where no thought is needed.
+
+    `negatives` are wrong answers that lie near: the query's own picture.
+    """
 
     dataset: str
     task: int
@@ -50,6 +53,7 @@ class Query:
     positives: tuple[Candidate, ...]
     reasoning: str = ""
     answer: str = ""
+    negatives: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ def _image_to_image(world: World, dataset: Dataset) -> Iterator[Query]:
     for path in world.all(dataset.styles):
         alike = [p for emoji in world.certain(path) for p in world.of(emoji, TRAINED)]
         found = _images(p for p in dict.fromkeys(alike) if p != path)
-        yield Query(dataset.name, 4, "train", world.shows[path][0].kind, None, path, found)
+        kind = world.shows[path][0].kind
+        yield Query(dataset.name, 4, "train", kind, None, path, found, negatives=_images([path]))
 
 
 def _text_to_text(world: World, dataset: Dataset) -> Iterator[Query]:
@@ -218,6 +223,7 @@ def _edited(
             if path in paths:  # drawn alike: the change cannot be seen
                 continue
             found = _images(paths) if task == 7 else _captioned(world, edit.target, dataset.styles)
+            unchanged = Candidate(None if task == 7 else emoji.caption, path)
             yield Query(
                 dataset.name,
                 task,
@@ -228,6 +234,7 @@ def _edited(
                 found,
                 edit.reasoning,
                 edit.answer,
+                (unchanged,),
             )
 
 

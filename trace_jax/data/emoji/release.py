@@ -154,7 +154,7 @@ def _candidate_record(did: str, candidate: Candidate) -> dict[str, str | None]:
     }
 
 
-def _query_record(qid: str, query: Query, positives: list[str]) -> dict[str, object]:
+def _query_record(qid: str, query: Query, positives: list[str], negatives: list[str]) -> dict[str, object]:
     return {
         "qid": qid,
         "query_txt": query.text,
@@ -162,7 +162,7 @@ def _query_record(qid: str, query: Query, positives: list[str]) -> dict[str, obj
         "query_modality": _modality(query.text, query.image),
         "query_src_content": json.dumps({"kind": query.kind}),
         "pos_cand_list": positives,
-        "neg_cand_list": [],
+        "neg_cand_list": negatives,
         "task_id": query.task,
     }
 
@@ -245,7 +245,8 @@ def _write(size_name: str, out: Path) -> None:
             numbers[dataset.id] += 1
             qid = f"{dataset.id}:{numbers[dataset.id]}"
             positives = [dids.get(c, dataset) for c in query.positives]
-            records.append(_query_record(qid, query, positives))
+            negatives = [dids.get(c, dataset) for c in query.negatives]
+            records.append(_query_record(qid, query, positives, negatives))
             thoughts.append(
                 {
                     "qid": qid,
@@ -256,7 +257,8 @@ def _write(size_name: str, out: Path) -> None:
             )
             qrels += [f"{qid} 0 {did} 1 {task}" for did in positives]
             if split == "train":
-                unions["train"] |= dict(zip(positives, query.positives, strict=False))
+                unions["train"] |= dict(zip(positives, query.positives, strict=True))
+                unions["train"] |= dict(zip(negatives, query.negatives, strict=True))
         stem = f"mbeir_{name}_task{task}_{split}"
         counts[f"cot/{split}/{stem}_cot.jsonl"] = _write_json(out / f"cot/{split}/{stem}_cot.jsonl", thoughts)
         _write_lines(out / f"qrels/{split}/{stem}_qrels.txt", qrels)
