@@ -153,10 +153,7 @@ def _image_to_text(world: World, dataset: Dataset) -> Iterator[Query]:
     for path in world.all(dataset.styles):
         texts = [text for emoji in world.readings(path) for text in emoji.captions[:2]]
         found = tuple(Candidate(text, None) for text in dict.fromkeys(texts))
-        others = (e for near in _near(world, world.certain(path)[0]) for e in world.certain(near))
-        near = dict.fromkeys(Candidate(e.caption, None) for e in others if e.caption not in texts)
-        kind = world.shows[path][0].kind
-        yield Query(dataset.name, 3, "train", kind, None, path, found, negatives=tuple(near))
+        yield Query(dataset.name, 3, "train", world.shows[path][0].kind, None, path, found)
 
 
 def _image_to_image(world: World, dataset: Dataset) -> Iterator[Query]:
