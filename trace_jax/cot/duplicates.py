@@ -12,6 +12,7 @@ from trace_jax.cot.filters import normalise
 from trace_jax.cot.schema import Row, order
 
 _SHINGLE = 5  # characters
+_WEIGHTS = (0.05, 0.95)  # of false and of missed candidates: a false one costs a comparison, a missed one a duplicate
 
 
 def group_key(row: Row) -> str:
@@ -43,7 +44,9 @@ def duplicates(rows: Iterable[tuple[str, str]], options: Filters) -> Iterator[tu
     ordered = sorted(rows, key=lambda row: order(row[0]))
     if len(ordered) < 2:
         return
-    index = MinHashLSH(threshold=options.duplicate_similarity, num_perm=options.permutations)
+    index = MinHashLSH(
+        threshold=options.duplicate_similarity, num_perm=options.permutations, weights=_WEIGHTS
+    )
     kept: dict[str, set[str]] = {}
     same: dict[frozenset[str], str] = {}
     for qid, text in ordered:
