@@ -31,6 +31,21 @@ TEMPLATE = (
 )
 
 
+# transformers' own processor wants a video processor too, and that wants torchvision; pictures need neither.
+PROCESSOR = """
+from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers.processing_utils import ProcessorMixin
+
+
+class PictureProcessor(Qwen2_5_VLProcessor):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = -1
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+"""
+
+
 def save_model(folder: pathlib.Path) -> None:
     """A Qwen2.5-VL of a few hundred thousand random parameters with the embedded base's tokenizer and processor."""
     import torch
@@ -38,9 +53,7 @@ def save_model(folder: pathlib.Path) -> None:
         AutoTokenizer,
         Qwen2_5_VLConfig,
         Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
+        Qwen2VLImageProcessorPil,
     )
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
@@ -78,12 +91,12 @@ def save_model(folder: pathlib.Path) -> None:
     model.generation_config.eos_token_id = ids["im_end"]
     model.generation_config.pad_token_id = ids["im_end"]
     model.save_pretrained(folder)
-    Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "processing_picture.py").write_text(PROCESSOR)
+    about = {"processor_class": "PictureProcessor", "auto_map": {"AutoProcessor": "processing_picture.PictureProcessor"}}
+    (folder / "processor_config.json").write_text(json.dumps(about))
 
 
 @contextlib.contextmanager
@@ -93,7 +106,7 @@ def serving(model: pathlib.Path, log: pathlib.Path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(pathlib.Path(sys.executable).parent / "transformers"), "serve", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    command += ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32", "--trust-remote-code"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
