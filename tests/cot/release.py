@@ -1,4 +1,4 @@
-"""A release for the tests: composed retrieval (fashioniq), questions (infoseek) and captions (mscoco), with pictures."""
+"""A release for the tests: composed retrieval (fashioniq), questions (infoseek), captions (mscoco), with pictures."""
 
 import io
 import json
@@ -8,7 +8,16 @@ from PIL import Image
 
 THINGS = ("dress", "shoe", "bag", "hat", "coat", "scarf", "glove", "belt")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "orange", "pink", "brown")
-_RGB = ((200, 0, 0), (0, 0, 200), (0, 160, 0), (220, 220, 0), (128, 0, 128), (255, 165, 0), (255, 192, 203), (139, 69, 19))
+_RGB = (
+    (200, 0, 0),
+    (0, 0, 200),
+    (0, 160, 0),
+    (220, 220, 0),
+    (128, 0, 128),
+    (255, 165, 0),
+    (255, 192, 203),
+    (139, 69, 19),
+)
 INSTRUCTIONS = (
     "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\n"
     "image,text\timage\tfashioniq\t7\tFind a similar garment with the described changes.\tSecond.\n"

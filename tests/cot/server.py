@@ -113,7 +113,7 @@ class Scripted:
         return self
 
     def __exit__(self, *exc) -> None:
-        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
@@ -133,15 +133,15 @@ class Scripted:
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
         self._ready.set()
 
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.together += 1
-        self.most_together = max(self.most_together, self.together)
-        try:
-            return await self._respond(request)
-        finally:
-            self.together -= 1
+    async def _stop(self) -> None:
+        """Ends what still hangs for the client's time-out, then everything."""
+        await self._runner.cleanup()
+        hanging = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in hanging:
+            task.cancel()
+        await asyncio.gather(*hanging, return_exceptions=True)
 
-    async def _respond(self, request: web.Request) -> web.StreamResponse:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.keys.add(request.headers.get("Authorization"))
         raw = await request.read()
         digest = hashlib.sha256(raw).hexdigest()
@@ -151,12 +151,12 @@ class Scripted:
             head, data = picture["image_url"]["url"].split(",")
             assert head == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
         number = int(re.search(r"(?:item|house|photo) (\d+)", text["text"])[1])
-        stage = {"Reply with JSON only: {\"complex\"": "assess", "Answer to check": "verify"}
+        stage = {'Reply with JSON only: {"complex"': "assess", "Answer to check": "verify"}
         stage = next((name for words, name in stage.items() if words in text["text"]), "generate")
         self.attempts[digest] += 1
-        if self.hiccups and self.attempts[digest] == 1 and (hiccup := HICCUPS.get(number % 92)):
-            if (response := await self._hiccup(hiccup, request)) is not None:
-                return response
+        hiccup = HICCUPS.get(number % 92) if self.hiccups and self.attempts[digest] == 1 else None
+        if hiccup is not None and (response := await self._hiccup(hiccup, request)) is not None:
+            return response
         reason = fate(number)
         if reason == "unanswered" and stage == "generate":
             return web.Response(status=503)
@@ -164,14 +164,19 @@ class Scripted:
             self.answered[digest] += 1
             return web.json_response({"error": {"message": "content policy"}}, status=400)
         if stage == "assess":
-            content = "I think so." if reason == "assessment" else json.dumps({"complex": kind(number) != 9, "reason": "."})
+            content = (
+                "I think so." if reason == "assessment" else json.dumps({"complex": kind(number) != 9, "reason": "."})
+            )
         elif stage == "generate":
             content = _generated(number)
         else:
             # The house and item of a decoy are another's: its text or picture does not belong to this query.
             target = re.search(r"of the target: .*?House (\d+)", text["text"])
             content = _verdict(number, decoy=target is not None and int(target[1]) != number)
+        self.together += 1
+        self.most_together = max(self.most_together, self.together)
         await asyncio.sleep(self.delay)
+        self.together -= 1
         self.answered[digest] += 1
         message = {"role": "assistant", "content": content}
         return web.json_response(

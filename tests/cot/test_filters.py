@@ -103,8 +103,14 @@ def test_tags_are_found_again_whatever_is_between_them():
         ("answer_length", {"answer": "x"}),
         ("answer_length", {"answer": " ".join(f"a blue dress number {i}," for i in range(40))}),
         ("repetition", {"reasoning": "The red dress becomes blue and " * 8}),
-        ("language", {"reasoning": "Das Bild zeigt eine Frau in einem roten Kleid, und die Farbe ändert sich in Blau."}),
-        ("language", {"reasoning": "La robe rouge devient bleue, et les manches sont plus courtes; le reste est inchangé."}),
+        (
+            "language",
+            {"reasoning": "Das Bild zeigt eine Frau in einem roten Kleid, und die Farbe ändert sich in Blau."},
+        ),
+        (
+            "language",
+            {"reasoning": "La robe rouge devient bleue, et les manches sont plus courtes; le reste est inchangé."},
+        ),
         ("unchanged", {"answer": "a red  DRESS."}),
         ("unchanged", {"answer": "the woman wears a dress", "reasoning": "A woman wears a dress. " + GOOD[0]}),
         ("keyword", {"answer": "Something rather nice to wear."}),
@@ -132,7 +138,7 @@ def test_refusals_and_boilerplate(rules, raw):
 
 def test_harmless_likenesses_pass(rules):
     for reasoning in (
-        "A sure hand sewed this red dress of certainly fine silk, and of course the colour changes to blue as was asked.",
+        "A sure hand sewed this red dress of certainly fine silk, and of course the colour turns to blue as asked.",
         "The source is a red dress; the target is the same one in blue. The sleeves get shorter, and the cut stays.",
         "The answer lies in the colour: the red dress becomes blue, its sleeves get shorter, and the rest of it stays.",
     ):
@@ -142,7 +148,11 @@ def test_harmless_likenesses_pass(rules):
 def test_lengths_are_kept_at_both_ends(rules):
     tokenizer = filters.load_tokenizer(TOKENIZER)
     size = len(tokenizer.encode(GOOD[0], add_special_tokens=False).ids)
-    for low, high, dropped in ((size, size, ""), (size + 1, 999, "reasoning_length"), (1, size - 1, "reasoning_length")):
+    for low, high, dropped in (
+        (size, size, ""),
+        (size + 1, 999, "reasoning_length"),
+        (1, size - 1, "reasoning_length"),
+    ):
         narrow = filters.Rules(Filters(tokenizer=TOKENIZER, reasoning_tokens=(low, high)), Prompts("v1"))
         assert narrow.judge(row()).dropped == dropped
 

@@ -57,7 +57,10 @@ def save_model(folder: pathlib.Path) -> None:
     )
 
     tokenizer = AutoTokenizer.from_pretrained(ASSETS)
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("im_end", "image_pad", "vision_start", "vision_end")}
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("im_end", "image_pad", "vision_start", "vision_end")
+    }
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
@@ -95,7 +98,10 @@ def save_model(folder: pathlib.Path) -> None:
     Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=56 * 56).save_pretrained(folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "processing_picture.py").write_text(PROCESSOR)
-    about = {"processor_class": "PictureProcessor", "auto_map": {"AutoProcessor": "processing_picture.PictureProcessor"}}
+    about = {
+        "processor_class": "PictureProcessor",
+        "auto_map": {"AutoProcessor": "processing_picture.PictureProcessor"},
+    }
     (folder / "processor_config.json").write_text(json.dumps(about))
 
 

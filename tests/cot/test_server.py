@@ -52,12 +52,16 @@ def run(build: pipeline.Build) -> None:
 
 def digests(output: pathlib.Path) -> dict[str, str]:
     """Path -> hash of every file of the output, what is under work/ apart."""
-    files = (path for path in sorted(output.rglob("*")) if path.is_file() and "work" not in path.relative_to(output).parts)
+    files = (
+        path for path in sorted(output.rglob("*")) if path.is_file() and "work" not in path.relative_to(output).parts
+    )
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def traces(output: pathlib.Path) -> dict[str, dict]:
-    lines = [line for path in sorted(output.glob("release/cot/train/*.jsonl")) for line in path.read_text().splitlines()]
+    lines = [
+        line for path in sorted(output.glob("release/cot/train/*.jsonl")) for line in path.read_text().splitlines()
+    ]
     return {record["qid"]: record for record in map(json.loads, lines)}
 
 
@@ -81,12 +85,12 @@ def check_rows(output: pathlib.Path, size: int) -> None:
 
 def check_scripted(tmp_path: pathlib.Path, size: int) -> None:
     release = write_release(tmp_path / "release", size)
-    with Scripted() as server:
+    with Scripted(delay=0.002) as server:
         build = pipeline.Build(config(server.url), release, tmp_path / "out")
         run(build)
         assert max(server.answered.values()) == 1
         asked = sum(server.attempts.values())
-        assert 1 < server.most_together <= 16
+        assert 1 < server.most_together <= 16  # requests in flight
     check_rows(build.output, size)
     connection = sqlite3.connect(build.cache)
     assert connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0] == sum(server.answered.values())

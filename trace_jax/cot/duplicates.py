@@ -44,9 +44,7 @@ def duplicates(rows: Iterable[tuple[str, str]], options: Filters) -> Iterator[tu
     ordered = sorted(rows, key=lambda row: order(row[0]))
     if len(ordered) < 2:
         return
-    index = MinHashLSH(
-        threshold=options.duplicate_similarity, num_perm=options.permutations, weights=_WEIGHTS
-    )
+    index = MinHashLSH(threshold=options.duplicate_similarity, num_perm=options.permutations, weights=_WEIGHTS)
     kept: dict[str, set[str]] = {}
     same: dict[frozenset[str], str] = {}
     for qid, text in ordered:
