@@ -10,7 +10,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import tyro
 
@@ -152,30 +152,39 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_names() -> list[str]:
-    """The experiments in configs/."""
-    return sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
-def load_config(name: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
+_Kind = TypeVar("_Kind", bound=_Named)
+
+
+def config_names(folder: str = "configs") -> list[str]:
+    """The experiments in configs/, or in another folder of the repository."""
+    return sorted(path.stem for path in (ROOT / folder).glob("[!_]*.py"))
+
+
+def load_config(
+    name: str = DEFAULT, overrides: Sequence[str] = (), kind: type[_Kind] = Config, folder: str = "configs"
+) -> _Kind:
     """Reads `config` of configs/<name>.py and applies command-line overrides.
 
-    Raises SystemExit with a "did you mean" for an unknown name or option.
+    `kind` is its dataclass, and `folder` where configs of that kind are. Raises SystemExit with a "did you mean" for an
+    unknown name or option.
     """
-    if name not in config_names():
-        near = difflib.get_close_matches(name, config_names(), n=1)
+    if name not in config_names(folder):
+        near = difflib.get_close_matches(name, config_names(folder), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SystemExit(f"unknown config {name!r}.{hint} There are: {', '.join(config_names())}")
-    spec = importlib.util.spec_from_file_location(f"configs.{name}", ROOT / "configs" / f"{name}.py")
+        raise SystemExit(f"unknown config {name!r}.{hint} There are: {', '.join(config_names(folder))}")
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config: Config = module.config
+    config: _Kind = module.config
     if config.name != name:
-        raise SystemExit(f"configs/{name}.py holds a config named {config.name!r}; the names must agree")
-    return tyro.cli(
-        Config, default=config, args=list(overrides), prog=f"train.py {name}", config=(tyro.conf.AvoidSubcommands,)
-    )
+        raise SystemExit(f"{folder}/{name}.py holds a config named {config.name!r}; the names must agree")
+    return tyro.cli(kind, default=config, args=list(overrides), prog=name, config=(tyro.conf.AvoidSubcommands,))
 
 
 def from_command_line(arguments: Sequence[str], default: str = DEFAULT) -> Config:
