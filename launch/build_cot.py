@@ -31,6 +31,8 @@ def _stages(text: str) -> tuple[str, ...]:
 
 def _exchange(build: pipeline.Build, stage: str, parts: list[str]) -> None:
     """Reads a batch's answers; raises SystemExit with the files to send while some are missing."""
+    if (build.config.verifier if stage == "verify" else build.config.teacher).kind == "metadata":
+        return
     count = batch.read_answers(build, stage)
     logging.info("%s: %s answers read", stage, f"{count:,}")
     if files := batch.write_requests(build, stage, parts):
@@ -55,7 +57,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--runner", default="DirectRunner", help="of Apache Beam (default DirectRunner)")
     options, overrides = parser.parse_known_args(arguments[:cut])
     config = load_config(options.config, overrides, CotConfig, "configs/cot")
-    build = pipeline.Build(config, options.source, options.output, options.runner, tuple(arguments[cut + 1 :]))
+    source, output = options.source.resolve(), options.output.resolve()  # workers may stand elsewhere
+    build = pipeline.Build(config, source, output, options.runner, tuple(arguments[cut + 1 :]))
     try:
         parts = pipeline.read_source(build)
         for stage in options.stages:

@@ -66,10 +66,6 @@ class Cache:
             (key, stage, model, *dataclasses.astuple(answer), dollars),
         )
 
-    def keys(self) -> set[str]:
-        """The keys of all finished requests."""
-        return {key for (key,) in self._database.execute("SELECT key FROM answers")}
-
     def spent(self) -> dict[tuple[str, str], Spent]:
         """(stage, model) -> what it cost, in the order of the names."""
         rows = self._database.execute(

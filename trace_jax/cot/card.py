@@ -11,6 +11,7 @@ import jinja2
 
 from trace_jax.cot.cache import Cache
 from trace_jax.cot.pipeline import Build
+from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import REASONS, write_lines
 from trace_jax.cot.statistics import BINS, Statistics, load
 from trace_jax.data.schema import TASKS
@@ -168,6 +169,7 @@ def figures(build: Build, statistics: Statistics) -> dict[str, Any]:
     """Everything that the card tells, as plain JSON values."""
     reasoning, simple = _streams(statistics)
     config = build.config
+    names = {hashed: name for name, hashed in Prompts(config.prompts).hashes().items()}
     lengths: dict[str, dict[int, int]] = {"reasoning": {}, "answer": {}}
     for (name, start), count in sorted(statistics.table("length")):
         lengths[name][start] = count
@@ -183,7 +185,10 @@ def figures(build: Build, statistics: Statistics) -> dict[str, Any]:
         "calibration": calibration(statistics),
         "min_confidence": config.verify.min_confidence,
         "filters": dataclasses.asdict(config.filters),
-        "prompts": {"version": config.prompts, "used": [[*key, count] for key, count in statistics.table("prompt")]},
+        "prompts": {
+            "version": config.prompts,
+            "used": [[names[hashed], hashed, count] for (_, hashed), count in statistics.table("prompt")],
+        },
         "teachers": [[name, count] for (name,), count in statistics.table("teacher")],
         "verifiers": [[name, count] for (name,), count in statistics.table("verifier")],
         "cost": _cost(build),

@@ -63,9 +63,8 @@ class Statistics:
         if row.complex or row.dropped:
             self._show(row.dropped, vars(row))
 
-    def _show(self, reason: str, *rows: dict[str, Any]) -> None:
-        shown = {row["qid"]: row for row in (*self.samples.get(reason, ()), *rows)}
-        self.samples[reason] = sorted(shown.values(), key=_rank)[:SAMPLES]
+    def _show(self, reason: str, row: dict[str, Any]) -> None:
+        self.samples[reason] = sorted([*self.samples.get(reason, ()), row], key=_rank)[:SAMPLES]
 
     def table(self, name: str) -> Iterator[tuple[tuple[Any, ...], int]]:
         """(rest of the key, count) of a table, in the order of the keys."""
