@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"emb_row", P()),
     (r"(vision/blocks|language/layers)/\w*norm\w*/scale", P()),
     (r"(projector/ln_q|language/norm)/scale", P()),
-    (r"vision/patch_embed/kernel", P("fsdp", "tensor")),
+    (r"vision/patch_embed/kernel", P("tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/bias", P(None, "tensor")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),

@@ -5,7 +5,8 @@ import pytest
 from trace_jax.compile_check import hlo
 
 # A loop of 28 around a loop of 3; a gather by itself and one inside a fusion; one that is begun and done; a slice of a
-# stack read in place, a stack written in place; an array on the chip, S(1).
+# stack read in place, a stack written in place; an array on the chip, S(1); a kernel whose
+# attributes go over several lines.
 TEXT = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -53,6 +54,9 @@ TEXT = """HloModule jit_step, is_scheduled=true
   %k = s32[] get-tuple-element(%w), index=0
   %stack = bf16[28,64]{1,0} get-tuple-element(%w), index=1
   %y = f32[4]{0} get-tuple-element(%w), index=2
+  %kernel = f32[4]{0:S(1)} custom-call(), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 256}"
+}}, metadata={op_name="splash"}
   %layer = bf16[64]{0:S(1)} fusion(%stack, %k), kind=kLoop, calls=%sliced, backend_config={"estimated_cycles":"10"}
   %gathered = bf16[512]{0:S(1)} all-gather(%layer), channel_id=1, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   %reduced = f32[4]{0} all-reduce(%y), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, to_apply=%add

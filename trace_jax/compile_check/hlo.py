@@ -104,7 +104,7 @@ class _Module:
             if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
                 current = self.computations.setdefault(header[2], {})
                 entry = header[2] if header[1] else entry
-            elif line.startswith("}"):
+            elif line.rstrip() == "}":  # a kernel's attributes go over several lines, one of which begins with braces
                 current = None
             elif current is not None and (instruction := _instruction(line)):
                 current[instruction.name] = instruction
