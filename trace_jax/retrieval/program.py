@@ -55,7 +55,8 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
 def prepare_logging() -> None:
     """Plain lines for people; libraries speak up only to warn."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for library in ("absl", "jax"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
 @contextlib.contextmanager
