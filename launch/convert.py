@@ -6,7 +6,8 @@ from-hf DIR OUT   rewrites a base in our own layout. Training reads Hugging Face
 from-peft DIR     makes a PEFT adapter checkpoint 0 of a run, to search with or to train on.
 to-hf OUT         exports a run for transformers: merged, or with --adapter for PEFT; with a model card.
 
-DIR may be a folder or gs://...; so may the OUT of from-hf. from-peft and to-hf take `--config NAME` and its overrides:
+On a TPU slice from-hf is started on every worker at once (launch/tpu_vm.sh); the rest runs in one process. DIR may be a
+folder or gs://...; so may the OUT of from-hf. from-peft and to-hf take `--config NAME` and its overrides:
 
     python launch/convert.py to-hf exported --config emoji_tiny --workdir runs/mine
 """
@@ -78,6 +79,7 @@ Command = (
 def main(given: list[str]) -> None:
     """Reads the command line and does it; raises SystemExit with one clear line if it cannot."""
     command, overrides = tyro.cli(Command, args=given, description=__doc__, return_unknown_args=True)
+    sharding.join_processes()
     program.prepare_logging()
     with program.clear_errors(ValueError, FileExistsError):
         if isinstance(command, FromPeft | ToHf):

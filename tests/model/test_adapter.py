@@ -11,11 +11,11 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tests.parity.test_hf import compare, load_hf, save_random_hf
+from tests.parity.reference import load_hf, random_hf, torch
+from tests.parity.test_hf import compare
 from trace_jax.config import Lora
 from trace_jax.model import adapter, weights
 
-torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks it
 
@@ -27,7 +27,7 @@ LANGUAGE = r"model\.language_model\.layers\.\d+\.\w+\."
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    save_random_hf(folder, request.param)
+    random_hf(tiny.architecture(request.param)).save_pretrained(folder)
     return folder
 
 

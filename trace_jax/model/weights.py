@@ -409,4 +409,5 @@ def save_base(model: Qwen2_5_VL, folder: str | pathlib.Path | epath.Path, origin
     parameters = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / PARAMETERS, parameters)
-    (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n")
+    if jax.process_index() == 0:
+        (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n")

@@ -71,11 +71,11 @@ def convert_base(source: str, folder: str, mesh: jax.sharding.Mesh, dtype: str) 
         shardings=lambda path, shape: sharding.sharding_of(path, shape, mesh),
         param_dtype=jnp.dtype(dtype),
     )
-    target.mkdir(parents=True)
-    with local_files(source) as texts:
-        for file in _texts(texts):
-            (target / file.name).write_bytes(file.read_bytes())
     weights.save_base(model, target, {"source": source, "fingerprint": weights.fingerprint(source)})
+    if jax.process_index() == 0:
+        with local_files(source) as texts:
+            for file in _texts(texts):
+                (target / file.name).write_bytes(file.read_bytes())
 
 
 def export_merged(config: Config, folder: str, *, step: int | None = None, dtype: str | None = None) -> None:
