@@ -10,7 +10,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import tyro
 
@@ -41,6 +41,7 @@ class Model:
     param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
     remat: Literal["none", "dots", "full"] = "full"
+    attention: Literal["xla", "splash"] = "xla"  # splash is a TPU kernel: no scores in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; -1 takes all that remain."""
+    """Devices along each axis (sharding.py says what they split); -1 takes all that remain."""
 
+    slice: int = 1  # TPU slices, joined by the data-centre network
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
@@ -122,6 +124,7 @@ class Evaluation:
     max_trace_tokens: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,30 +152,39 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def config_names() -> list[str]:
-    """The experiments in configs/."""
-    return sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
-def load_config(name: str = DEFAULT, overrides: Sequence[str] = ()) -> Config:
+_Kind = TypeVar("_Kind", bound=_Named)
+
+
+def config_names(folder: str = "configs") -> list[str]:
+    """The experiments in configs/, or in another folder of the repository."""
+    return sorted(path.stem for path in (ROOT / folder).glob("[!_]*.py"))
+
+
+def load_config(
+    name: str = DEFAULT, overrides: Sequence[str] = (), kind: type[_Kind] = Config, folder: str = "configs"
+) -> _Kind:
     """Reads `config` of configs/<name>.py and applies command-line overrides.
 
-    Raises SystemExit with a "did you mean" for an unknown name or option.
+    `kind` is its dataclass, and `folder` where configs of that kind are. Raises SystemExit with a "did you mean" for an
+    unknown name or option.
     """
-    if name not in config_names():
-        near = difflib.get_close_matches(name, config_names(), n=1)
+    if name not in config_names(folder):
+        near = difflib.get_close_matches(name, config_names(folder), n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise SystemExit(f"unknown config {name!r}.{hint} There are: {', '.join(config_names())}")
-    spec = importlib.util.spec_from_file_location(f"configs.{name}", ROOT / "configs" / f"{name}.py")
+        raise SystemExit(f"unknown config {name!r}.{hint} There are: {', '.join(config_names(folder))}")
+    spec = importlib.util.spec_from_file_location(f"configs.{name}", ROOT / folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config: Config = module.config
+    config: _Kind = module.config
     if config.name != name:
-        raise SystemExit(f"configs/{name}.py holds a config named {config.name!r}; the names must agree")
-    return tyro.cli(
-        Config, default=config, args=list(overrides), prog=f"train.py {name}", config=(tyro.conf.AvoidSubcommands,)
-    )
+        raise SystemExit(f"{folder}/{name}.py holds a config named {config.name!r}; the names must agree")
+    return tyro.cli(kind, default=config, args=list(overrides), prog=name, config=(tyro.conf.AvoidSubcommands,))
 
 
 def from_command_line(arguments: Sequence[str], default: str = DEFAULT) -> Config:

@@ -1,22 +1,31 @@
 """The device mesh, one rule per parameter, and the way of host arrays onto the devices.
 
-Axes: "data" replicates parameters and splits the batch, "fsdp" splits both, "tensor" splits the matmuls. A batch's
-leading axis S is split over data and fsdp; the compiler inserts the collectives.
+Axes: "slice" and "data" replicate parameters and split the batch, "fsdp" splits both, "tensor" splits the matmuls. Only
+"slice" crosses the data-centre network, so nothing but gradients and embeddings does. A batch's leading axis S is
+split over slice, data and fsdp; the compiler inserts the collectives.
+
+A program that runs under `jax.set_mesh(mesh)` gathers each weight whole over fsdp where it is used (`gathered`): left
+to itself the TPU compiler turns split weights into windowed einsums, tens of thousands of small permutes. Without a
+mesh nothing here has an effect.
 """
 
+import functools
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax import config
 
-BATCH_AXES = ("data", "fsdp")
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = ("slice", "data", "fsdp")
+T = TypeVar("T")
 
 # Parameter path -> how its axes are split. Stacked layers have a leading axis, which is never split.
 RULES: tuple[tuple[str, P], ...] = (
@@ -25,14 +34,14 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"emb_row", P()),
     (r"(vision/blocks|language/layers)/\w*norm\w*/scale", P()),
     (r"(projector/ln_q|language/norm)/scale", P()),
-    (r"vision/patch_embed/kernel", P("fsdp", "tensor")),
+    (r"vision/patch_embed/kernel", P("tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
     (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/bias", P(None, "tensor")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/bias", P()),
     (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_a", P(None, "fsdp", None)),
-    (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_b", P(None, None, "tensor")),
-    (r"language/layers/.*/(o_proj|down_proj)/lora_a", P(None, "tensor", None)),
+    (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_b", P(None, "fsdp", "tensor")),
+    (r"language/layers/.*/(o_proj|down_proj)/lora_a", P(None, "tensor", "fsdp")),
     (r"language/layers/.*/(o_proj|down_proj)/lora_b", P(None, None, "fsdp")),
     (r"projector/mlp_0/kernel", P("fsdp", "tensor")),
     (r"projector/mlp_0/bias", P("tensor")),
@@ -58,20 +67,28 @@ def join_processes() -> None:
 
 
 def make_mesh(axes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """Arranges devices (default: all) as data x fsdp x tensor.
+    """Arranges devices (default: all) as slice x data x fsdp x tensor.
 
-    Raises ValueError when the axes do not multiply to the number of devices.
+    TPUs of several slices are told apart by their own account; other devices are cut into equal parts, in order. Raises
+    ValueError when the axes do not multiply to the number of devices, or `axes.slice` is not their number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    shape = [axes.data, axes.fsdp, axes.tensor]
+    shape = [axes.slice, axes.data, axes.fsdp, axes.tensor]
     if shape.count(-1) == 1:
         known = int(np.prod([size for size in shape if size != -1]))
         shape[shape.index(-1)] = len(devices) // known
     if int(np.prod(shape)) != len(devices) or min(shape) < 1:
         raise ValueError(
-            f"mesh data={axes.data} fsdp={axes.fsdp} tensor={axes.tensor} does not fit {len(devices)} devices"
+            f"mesh slice={axes.slice} data={axes.data} fsdp={axes.fsdp} tensor={axes.tensor} does not fit"
+            f" {len(devices)} devices"
         )
-    return jax.make_mesh(tuple(shape), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) > 1:
+        if len(slices) != shape[0]:
+            raise ValueError(f"the devices are of {len(slices)} slices; set --mesh.slice {len(slices)}")
+        arranged = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], [shape[0], 1, 1, 1], devices)
+        return jax.sharding.Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def data_shards(mesh: jax.sharding.Mesh) -> int:
@@ -79,7 +96,7 @@ def data_shards(mesh: jax.sharding.Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
     """The spec of one parameter. An axis that its mesh axis does not divide is left whole.
 
     Raises ValueError unless exactly one rule matches the path.
@@ -97,6 +114,54 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> P:
 def sharding_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> NamedSharding:
     """`spec_of` on the mesh's devices."""
     return NamedSharding(mesh, spec_of(path, shape, mesh))
+
+
+def gathered(module: T, path: str, *, stacked: bool = False) -> T:
+    """The module at `path` with its parameters whole over fsdp, still split over tensor, for use right here.
+
+    The gradients come back split as the rules say. `stacked` tells that it is one layer of a stack. The same module
+    without a mesh (`jax.set_mesh`). Raises ValueError for a parameter that matches no rule.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return module
+
+    def gather(keys: tuple[Any, ...], value: jax.Array) -> jax.Array:
+        names = [key.name for key in keys if key.name != "value"]  # a variable's only leaf is its "value"
+        shape = (1, *value.shape) if stacked else value.shape
+        split = spec_of("/".join([path, *names]), shape, mesh)
+        split = P(*split[1:]) if stacked else split
+        return value if "fsdp" not in split else _gather(value, split)
+
+    return jax.tree_util.tree_map_with_path(gather, module)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(value: jax.Array, split: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(value, _whole(split))
+
+
+def _whole(split: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in split))
+
+
+def _gather_forward(value: jax.Array, split: P) -> tuple[jax.Array, None]:
+    return _gather(value, split), None
+
+
+def _gather_backward(split: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+    # Whole first: a product whose result is split at once would be a windowed einsum again.
+    gradient = jax.lax.with_sharding_constraint(gradient, _whole(split))
+    return (jax.lax.with_sharding_constraint(gradient, split),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def platform() -> str:
+    """What the program being traced is for: the platform of its mesh (`jax.set_mesh`), else of the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -82,7 +82,7 @@ def test_own_document_is_among_the_positives(tiny_config, processor):
     assert (batch.positives == batch.document_key[..., None]).any(axis=-1).all()
 
 
-def test_hard_negatives_are_the_own_picture_of_queries_that_have_one(tiny_config, processor):
+def test_hard_negatives_of_a_query_with_a_picture_are_the_picture_itself_or_near_it(tiny_config, processor):
     data = dataclasses.replace(tiny_config.data, hard_negatives=2)
     batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=2).batches[0]
     has_one = np.isin(batch.task, [4, 7]) & (batch.query_index >= 0)

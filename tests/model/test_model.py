@@ -118,10 +118,11 @@ def test_emb_row_stands_in_for_its_token(tie):
     row = jnp.arange(48, dtype=jnp.float32) / 48
     model.emb_row[...] = row
     head = model.head()
-    assert head.shape == (tiny.VOCABULARY, 48)
-    np.testing.assert_array_equal(head[tiny.EMB], row)
+    assert head.base.shape == (tiny.VOCABULARY, 48)
+    np.testing.assert_array_equal(head.row_of(tiny.EMB), row)
+    np.testing.assert_array_equal(head.row_of(3), head.base[3])
     hidden = jax.random.normal(jax.random.key(1), (5, 48))
-    np.testing.assert_allclose(model.logits(hidden), hidden @ head.T, atol=1e-5)
+    np.testing.assert_allclose(model.logits(hidden), hidden @ head.base.at[tiny.EMB].set(row).T, atol=1e-5)
     np.testing.assert_array_equal(model.embed(jnp.array([tiny.EMB, 3]))[0], row)
 
 
@@ -229,4 +230,4 @@ def test_bfloat16_files_and_sharded_loading(tmp_path):
         assert loaded[path].dtype == leaf.dtype
         np.testing.assert_array_equal(loaded[path][...].astype(jnp.float32), leaf[...].astype(jnp.float32))
     assert len(loaded["language/layers/mlp/gate_proj/kernel"][...].sharding.device_set) == 8
-    np.testing.assert_array_equal(again.emb_row[...], again.head()[9].astype(jnp.float32))
+    np.testing.assert_array_equal(again.emb_row[...], again.head().base[9].astype(jnp.float32))

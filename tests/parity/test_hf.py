@@ -64,7 +64,7 @@ def test_vision_encoder_and_projector(folder):
 
 def test_saved_model_with_lora_and_emb_row_loads_in_hf(folder, tmp_path):
     model = weights.load(folder, lora=Lora(rank=4, alpha=8.0), emb_token_id=tiny.EMB, init_emb_from=7)
-    np.testing.assert_array_equal(model.emb_row[...], model.head()[7])
+    np.testing.assert_array_equal(model.emb_row[...], model.head().base[7])
     key = jax.random.key(0)
     for path, leaf in weights.flat_parameters(model).items():
         if path.endswith(("lora_b", "emb_row")):

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from trace_jax.model.qwen2_5_vl import Head
 from trace_jax.training.losses import Documents, info_nce, normalize, take_states, token_cross_entropy
 
 
@@ -17,7 +18,7 @@ def test_chunked_cross_entropy_equals_the_whole(chunk):
     weights = (jnp.arange(24).reshape(2, 12) % 5 > 0).astype(jnp.float32)
 
     def chunked(hidden, head):
-        return token_cross_entropy(hidden, head, tokens, weights, chunk)[0].value()
+        return token_cross_entropy(hidden, Head(head), tokens, weights, chunk)[0].value()
 
     def whole(hidden, head):
         logs = jax.nn.log_softmax(jnp.einsum("std,vd->stv", hidden, head))
@@ -37,7 +38,7 @@ def test_accuracy_is_of_the_right_tokens():
     head = jnp.eye(6)
     tokens = jnp.array([[0, 1, 2, 3]])
     hidden = jax.nn.one_hot(jnp.array([[0, 1, 5, 3]]), 6)
-    _, correct = token_cross_entropy(hidden, head, tokens, jnp.ones((1, 4)), 2)
+    _, correct = token_cross_entropy(hidden, Head(head), tokens, jnp.ones((1, 4)), 2)
     assert correct.tolist() == [[True, True, False, True]]
 
 

@@ -22,6 +22,7 @@ from trace_jax.data.schema import Inputs
 
 MOST_PIXELS = 80_000_000  # of an image file; above it, the file is taken for a decompression bomb
 LONGEST = 200  # the longer side over the shorter one; the reference's limit
+NORMALIZED = 48  # patches normalised at once
 # Not all that Pillow opens: a user's EPS would be run by Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 # How MP4, QuickTime, 3GP, Matroska, WebM, AVI, MPEG and Flash files begin.
@@ -226,11 +227,13 @@ def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
     positions, windows, slots = _window_order(rows, columns, geometry)
     grid = image.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
     patches = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x] uint8: the one gather
-    pixels = patches.reshape(len(patches), -1) / np.float32(255)
-    pixels -= np.repeat(np.asarray(geometry.mean, np.float32), size * size)[None]
-    pixels /= np.repeat(np.asarray(geometry.std, np.float32), size * size)[None]
+    mean, std = (np.repeat(np.asarray(x, np.float32), size * size)[None] for x in (geometry.mean, geometry.std))
     values = np.empty((len(patches), 3, geometry.temporal_patch_size, size * size), np.float32)
-    values[...] = pixels.reshape(len(patches), 3, 1, size * size)
+    for start in range(0, len(patches), NORMALIZED):  # a few at a time: what is between stays in the cache
+        pixels = patches[start : start + NORMALIZED].reshape(-1, 3 * size * size) / np.float32(255)
+        pixels -= mean
+        pixels /= std
+        values[start : start + NORMALIZED] = pixels.reshape(-1, 3, 1, size * size)
     return Patches(values.reshape(len(patches), -1), positions, windows, slots, (rows, columns))
 
 

@@ -1,12 +1,25 @@
-"""One attention for windows, images, packed text and decoding: what may see what is told by segment ids."""
+"""One attention for windows, images, packed text and decoding: what may see what is told by segment ids.
+
+Two backends. `xla` runs everywhere and holds the scores of a block of queries in memory. `splash` is JAX's Pallas
+kernel for TPUs, whose scores never leave the chip; on CPU it is interpreted, for tests.
+"""
 
 import math
+from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
+
+from trace_jax import sharding
 
 Array = jax.Array
+Backend = Literal["xla", "splash"]
 CAUSAL_BLOCKS = 4  # of queries: 10 of 16 tiles are computed, a third less time than all
+LANES = 128  # splash's blocks are multiples of this
+LARGEST_BLOCK = 512  # of queries and of keys in splash: its gradient needs them in the chip's memory at once
 MASKED = -1e30  # a score that no softmax sees; finite, so that its gradient is zero and not NaN
 
 
@@ -18,20 +31,28 @@ def attention(
     segments_q: Array,
     segments_kv: Array,
     causal: bool,
+    backend: Backend,
 ) -> Array:
     """Softmax attention, scaled by 1/sqrt(head_dim), within equal segments.
 
     q [rows, heads, length_q, head_dim]; k, v [rows, kv_heads, length_kv, head_dim], each kv head serving
     heads / kv_heads neighbouring heads; segments_q [rows, length_q], segments_kv [rows, length_kv] int32, 0 is padding:
     it is never seen, and its own result is 0. `causal` hides later slots. The softmax is float32. Returns
-    [rows, heads, length_q, head_dim] in q's dtype. Raises ValueError for a causal
-    call whose queries and keys are not the same slots.
+    [rows, heads, length_q, head_dim] in q's dtype.
+
+    Raises ValueError for an unknown backend, and for queries and keys that are not the same slots where that is
+    needed: a causal call, and splash, in which a query must see itself.
     """
     length, slots = q.shape[2], k.shape[2]
+    if backend not in ("xla", "splash"):
+        raise ValueError(f"attention backend {backend!r} is neither 'xla' nor 'splash'")
+    if length != slots and (causal or backend == "splash"):
+        kind = "causal" if causal else "splash"
+        raise ValueError(f"{kind} attention of {length} queries to {slots} keys; say what is seen by segments, in xla")
+    if backend == "splash":
+        return _splash(q, k, v, segments_q, segments_kv, causal)
     if not causal:
         return _attend(q, k, v, segments_q, segments_kv, None)
-    if length != slots:
-        raise ValueError(f"causal attention of {length} queries to {slots} keys; say what is seen by segments")
     block = length // CAUSAL_BLOCKS if length >= 128 and length % CAUSAL_BLOCKS == 0 else length
     parts = []
     for start in range(0, length, block):  # a block of queries leaves out the keys after it
@@ -59,3 +80,54 @@ def _attend(  # noqa: PLR0917 (the six arrays and numbers of one product)
     weights = weights / weights.sum(axis=-1, keepdims=True)
     weights = jnp.where(mask, weights, 0.0).astype(v.dtype)
     return jnp.einsum("bhqk,bhkd->bhqd", weights.reshape(rows, kv_heads, -1, slots), v).reshape(q.shape)
+
+
+def _splash(  # noqa: PLR0917 (as `_attend`)
+    q: Array, k: Array, v: Array, segments_q: Array, segments_kv: Array, causal: bool
+) -> Array:
+    """Shapes as `attention`, one query a key. Any length: rows are filled up with padding to whole lanes.
+
+    The compiler cannot split a kernel, so each device of the mesh (`jax.set_mesh`) runs its own, on its rows of the
+    batch and its heads.
+    """
+    rows, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    room = (0, -length % LANES)
+    q = q * jnp.asarray(1 / math.sqrt(width), q.dtype)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), room, (0, 0))) for x in (q, k, v))
+    ids = splash.SegmentIds(*(jnp.pad(x, ((0, 0), room)) for x in (segments_q, segments_kv)))
+    grouped = q.reshape(rows, kv_heads, heads // kv_heads, -1, width)
+
+    def kernels(q: Array, k: Array, v: Array, ids: splash.SegmentIds) -> Array:
+        kernel = _splash_kernel(q.shape[2], q.shape[3], causal)
+        return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        # Heads that do not divide are attended to by every device of the tensor axis.
+        spec = P(sharding.BATCH_AXES, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
+        specs = (spec, spec, spec, P(sharding.BATCH_AXES))
+        kernels = jax.shard_map(kernels, in_specs=specs, out_specs=spec, check_vma=False)
+    out = kernels(grouped, k, v, ids).reshape(q.shape)[:, :, :length]
+    return jnp.where((segments_q > 0)[:, None, :, None], out, jnp.zeros((), q.dtype))
+
+
+def _splash_kernel(group: int, length: int, causal: bool) -> Callable[[Array, Array, Array, splash.SegmentIds], Array]:
+    """Attention of `group` heads that share one key head: q [group, length, d], k and v [length, d]."""
+    block = next(size for size in range(min(LARGEST_BLOCK, length), 0, -LANES) if length % size == 0)
+    mask = splash.CausalMask((length, length)) if causal else splash.FullMask((length, length))
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    return splash.make_splash_mqa(  # pyright: ignore[reportReturnType] (of its two results, one is asked for)
+        splash.MultiHeadMask([mask] * group),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=sharding.platform() == "cpu",
+    )

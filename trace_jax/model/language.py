@@ -10,7 +10,7 @@ from flax import nnx
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import attention
+from trace_jax.model.attention import Backend, attention
 from trace_jax.model.layers import (
     DTypes,
     Linear,
@@ -117,6 +117,7 @@ class Decoder(nnx.Module):
         dtypes: DTypes,
         scan_layers: bool,
         remat: Remat,
+        attention: Backend,
         rngs: nnx.Rngs,
     ) -> None:
         self.embed_tokens = Embedding(architecture.vocab_size, architecture.hidden_size, dtypes=dtypes, rngs=rngs)
@@ -131,6 +132,7 @@ class Decoder(nnx.Module):
         self.architecture = architecture
         self.scan_layers = scan_layers
         self.remat: Remat = remat
+        self.attention: Backend = attention
 
     def _rotary(self, positions: Array) -> Rotary:
         return text_rotary(positions, self.architecture.mrope_section, self.architecture.rope_theta)
@@ -153,7 +155,7 @@ class Decoder(nnx.Module):
         rotary = self._rotary(positions)
 
         def attend(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
-            y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True)
+            y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.attention)
             if cache_length is None:
                 return y, None
             room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))
@@ -167,6 +169,7 @@ class Decoder(nnx.Module):
             x,
             self.layers,
             np.arange(self.architecture.num_layers, dtype=np.int32),
+            path="language/layers",
             scan=self.scan_layers,
             remat=self.remat,
         )
@@ -176,7 +179,8 @@ class Decoder(nnx.Module):
         """One token a row: x [rows, hidden], positions [rows, 3], lengths [rows] int32: slots filled so far.
 
         The token takes slot lengths[row] and sees the slots up to its own. Returns its state after the final norm
-        [rows, hidden] float32, and the cache with the token in it. Unrolled over layers whatever `scan_layers` says.
+        [rows, hidden] float32, and the cache with the token in it. Unrolled over layers whatever `scan_layers` says;
+        attention is XLA's, whose one row of scores is small.
         """
         rotary = self._rotary(positions[:, None])
         slots = cache[0][0].shape[2]
@@ -190,7 +194,8 @@ class Decoder(nnx.Module):
             ) -> tuple[Array, LayerCache]:
                 kept = write(keys, k, lengths), write(values, v, lengths)
                 ones = jnp.ones((q.shape[0], 1), jnp.int32)
-                return attention(q, *kept, segments_q=ones, segments_kv=seen, causal=False), kept
+                y = attention(q, *kept, segments_q=ones, segments_kv=seen, causal=False, backend="xla")
+                return y, kept
 
             x, kept = layer(x, rotary, attend)
             caches.append(kept)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trace_jax import sharding
 from trace_jax.config import Lora
 
 Array = jax.Array
@@ -190,27 +191,34 @@ def run_layers(
     layers: nnx.Module,
     extra: np.ndarray,
     *,
+    path: str,
     scan: bool,
     remat: Remat,
 ) -> tuple[Array, list[Any]]:
-    """Folds `body(layer, x, extra[i]) -> (x, kept)` over a stack; returns x and what each layer kept.
+    """Folds `body(layer, x, extra[i]) -> (x, kept)` over the stack at `path`; returns x and what each layer kept.
 
-    `scan` compiles one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves
-    only the input of each layer for the backward pass, "dots" also the products with weights, "none" everything.
+    On a mesh each layer's weights are gathered in the body, one layer at a time (`sharding.gathered`). `scan` compiles
+    one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves only the input of each
+    layer for the backward pass, "dots" also the products with weights, "none" everything.
     """
+
+    def gathering(layer: nnx.Module, x: Array, one: Any) -> tuple[Array, Any]:
+        return body(sharding.gathered(layer, path, stacked=True), x, one)
+
+    run = gathering
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
     elif remat == "full":
-        body = jax.checkpoint(body, prevent_cse=not scan)
+        run = jax.checkpoint(run, prevent_cse=not scan)
     elif remat != "none":
         raise ValueError(f"remat {remat!r} is none of 'none', 'dots', 'full'")
     count = len(extra)
     if scan:
-        x, kept = jax.lax.scan(lambda x, each: body(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))
+        x, kept = jax.lax.scan(lambda x, each: run(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))
         return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(count)]
     outputs = []
     for layer, one in zip(unstack_layers(layers, count), extra, strict=True):
-        x, kept = body(layer, x, one)
+        x, kept = run(layer, x, one)
         outputs.append(kept)
     return x, outputs

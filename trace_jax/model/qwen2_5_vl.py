@@ -1,16 +1,18 @@
 """Qwen2.5-VL: vision encoder, projector and decoder together, with the learned row of <|emb|>."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from trace_jax import sharding
 from trace_jax.config import Lora
 from trace_jax.data import schema
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.attention import Backend
 from trace_jax.model.language import Cache, Decoder
 from trace_jax.model.layers import DTypes, Linear, Remat
 from trace_jax.model.projector import Projector
@@ -18,6 +20,36 @@ from trace_jax.model.vision import VisionEncoder
 
 Array = jax.Array
 VISUAL = "visual features"  # what the vision encoder gives, by the name that a remat policy knows it by
+
+
+class Head(NamedTuple):
+    """The output rows: the base's, and the learned one of <|emb|> that stands in for one of them.
+
+    They are kept apart: put together they would be a copy of [vocab, D] in every step, and the row's gradient would
+    take that of the whole.
+    """
+
+    base: Array  # [vocab, D], as stored
+    row: Array | None = None  # [D] float32
+    token: int | None = None  # which row of the base it stands in for
+    dtype: Any = jnp.float32  # of the product
+
+    def logits(self, hidden: Array) -> Array:
+        """[..., D] float -> [..., vocab] float32, the product in `dtype` summed in float32."""
+        hidden = hidden.astype(self.dtype)
+
+        def project(rows: Array) -> Array:
+            return jnp.einsum("...d,vd->...v", hidden, rows.astype(self.dtype), preferred_element_type=jnp.float32)
+
+        logits = project(self.base)
+        if self.row is None:
+            return logits
+        there = (jnp.arange(len(self.base)) == self.token).reshape((1,) * (logits.ndim - 1) + (-1,))
+        return jnp.where(there, project(self.row[None]), logits)
+
+    def row_of(self, token: int) -> Array:
+        """The output row of one token: [D], as stored."""
+        return self.base[token] if self.row is None or token != self.token else self.row
 
 
 class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
@@ -39,6 +71,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         param_dtype: Any = jnp.float32,
         scan_layers: bool = True,
         remat: Remat = "none",
+        attention: Backend = "xla",
         rngs: nnx.Rngs,
     ) -> None:
         language = architecture.language
@@ -50,7 +83,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         if lora is not None and not 0 <= lora.dropout < 1:
             raise ValueError(f"LoRA dropout {lora.dropout} is not in [0, 1)")
         dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(param_dtype))
-        run = {"scan_layers": scan_layers, "remat": remat}
+        run = {"scan_layers": scan_layers, "remat": remat, "attention": attention}
         self.vision = VisionEncoder(architecture.vision, dtypes=dtypes, rngs=rngs, **run)
         self.projector = Projector(architecture.vision, dtypes=dtypes, rngs=rngs)
         self.language = Decoder(language, lora=lora, dtypes=dtypes, rngs=rngs, **run)
@@ -81,11 +114,13 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             flat(inputs.window_segments),
         )
         features = checkpoint_name(features, VISUAL)
-        return self.projector(features).reshape(shards, -1, self.architecture.language.hidden_size)
+        return sharding.gathered(self.projector, "projector")(features).reshape(
+            shards, -1, self.architecture.language.hidden_size
+        )
 
     def embed(self, tokens: Array) -> Array:
         """Input embeddings: [...] int32 -> [..., D] in the compute dtype, <|emb|> from its learned row."""
-        x = self.language.embed_tokens(tokens)
+        x = sharding.gathered(self.language.embed_tokens, "language/embed_tokens")(tokens)
         if self.emb_row is None:
             return x
         row = self.emb_row[...].astype(self.dtype).reshape((1,) * tokens.ndim + (-1,))
@@ -121,29 +156,18 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     # ---- head ----------------------------------------------------------------------------------------------------
 
-    def _base_head(self) -> Array:
+    def head(self) -> Head:
+        """The output head with the learned row of <|emb|>, whole over fsdp."""
         if self.lm_head is None:
-            return self.language.embed_tokens.embedding[...]
-        return self.lm_head.kernel[...].T
-
-    def head(self) -> Array:
-        """The output rows [vocab, D], in their stored dtype, with the learned row of <|emb|> in place."""
-        head = self._base_head()
-        if self.emb_row is None:
-            return head
-        return head.at[self.emb_token_id].set(self.emb_row[...].astype(head.dtype))
+            base = sharding.gathered(self.language.embed_tokens, "language/embed_tokens").embedding[...]
+        else:
+            base = sharding.gathered(self.lm_head, "lm_head").kernel[...].T
+        row = None if self.emb_row is None else self.emb_row[...]
+        return Head(base, row, self.emb_token_id, self.dtype)
 
     def logits(self, hidden: Array) -> Array:
-        """[..., D] float -> [..., vocab] float32, the product in the compute dtype summed in float32."""
-        hidden = hidden.astype(self.dtype)
-
-        def project(row: Array) -> Array:
-            return jnp.einsum("...d,vd->...v", hidden, row.astype(self.dtype), preferred_element_type=jnp.float32)
-
-        logits = project(self._base_head())
-        if self.emb_row is None:
-            return logits
-        return logits.at[..., self.emb_token_id].set(project(self.emb_row[...][None])[..., 0])
+        """[..., D] float -> [..., vocab] float32."""
+        return self.head().logits(hidden)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

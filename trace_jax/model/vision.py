@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from trace_jax import sharding
 from trace_jax.model.architecture import VisionArchitecture
-from trace_jax.model.attention import attention
+from trace_jax.model.attention import Backend, attention
 from trace_jax.model.layers import (
     DTypes,
     Linear,
@@ -33,12 +34,12 @@ class VisionAttention(nnx.Module):
         self.proj = Linear(size, size, bias=True, dtypes=dtypes, rngs=rngs)
         self.num_heads = architecture.num_heads
 
-    def __call__(self, x: Array, rotary: Rotary, segments: Array) -> Array:
+    def __call__(self, x: Array, rotary: Rotary, segments: Array, backend: Backend) -> Array:
         """[rows, P, hidden], angles [rows, P, head_dim / 2], segments [rows, P] -> [rows, P, hidden]."""
         rows, length, size = x.shape
         qkv = self.qkv(x).reshape(rows, length, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
         q, k, v = rotate(qkv[0], rotary), rotate(qkv[1], rotary), qkv[2]
-        y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=False)
+        y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=False, backend=backend)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(rows, length, size))
 
 
@@ -52,9 +53,9 @@ class VisionBlock(nnx.Module):
         self.norm2 = RMSNorm(size, eps=NORM_EPS, dtype=dtypes.compute, param_dtype=dtypes.params)
         self.mlp = SwiGLU(size, architecture.intermediate_size, bias=True, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Array, rotary: Rotary, segments: Array) -> Array:
+    def __call__(self, x: Array, rotary: Rotary, segments: Array, backend: Backend) -> Array:
         """Shapes as `VisionAttention`."""
-        x = x + self.attn(self.norm1(x), rotary, segments)
+        x = x + self.attn(self.norm1(x), rotary, segments, backend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -68,6 +69,7 @@ class VisionEncoder(nnx.Module):
         dtypes: DTypes,
         scan_layers: bool,
         remat: Remat,
+        attention: Backend,
         rngs: nnx.Rngs,
     ) -> None:
         self.patch_embed = Linear(architecture.patch_dim, architecture.hidden_size, dtypes=dtypes, rngs=rngs)
@@ -77,6 +79,7 @@ class VisionEncoder(nnx.Module):
         self.architecture = architecture
         self.scan_layers = scan_layers
         self.remat: Remat = remat
+        self.attention: Backend = attention
 
     def __call__(self, patches: Array, positions: Array, image_segments: Array, window_segments: Array) -> Array:
         """[rows, P, patch_dim] float32, [rows, P, 2], [rows, P], [rows, P] int32 -> [rows, P, hidden].
@@ -89,7 +92,8 @@ class VisionEncoder(nnx.Module):
 
         def body(block: VisionBlock, x: Array, is_full: Array) -> tuple[Array, None]:
             segments = jnp.where(is_full, image_segments, window_segments)
-            return block(x, rotary, segments), None
+            return block(x, rotary, segments, self.attention), None
 
-        x = self.patch_embed(patches)
-        return run_layers(body, x, self.blocks, full, scan=self.scan_layers, remat=self.remat)[0]
+        x = sharding.gathered(self.patch_embed, "vision/patch_embed")(patches)
+        run = {"path": "vision/blocks", "scan": self.scan_layers, "remat": self.remat}
+        return run_layers(body, x, self.blocks, full, **run)[0]

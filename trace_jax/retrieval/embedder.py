@@ -102,7 +102,7 @@ class Retriever:
             raise MissingStageError(
                 f"no checkpoint in {folder}: run `make quickstart` (or launch/train.py {config.name}) first"
             )
-        mesh = sharding.make_mesh(config.mesh)
+        mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh)
         processor = Processor.from_hf(config.model.base, config.data)
         identity = model_identity(config)
         if untrained:
@@ -201,7 +201,8 @@ class Retriever:
                     lengths = np.array([len(sequences[i]) for i in members], np.int32)
                     index[shard, : len(members)] = packed.starts + lengths - 1
                 batch = stack_shards([packed.inputs for _, packed in shards]), index
-                states = _read(self.model, *sharding.to_devices(batch, self.mesh))
+                with jax.set_mesh(self.mesh):
+                    states = _read(self.model, *sharding.to_devices(batch, self.mesh))
                 waiting.append(([members for members, _ in shards], states))
         for shards, states in waiting:  # fetched last: the host packs while the device computes
             fetched = np.asarray(states)
@@ -290,7 +291,8 @@ class Retriever:
     def _generate(self, inputs: Inputs, mode: Mode) -> Generation:
         limit = self.config.evaluation.max_trace_tokens
         ends = {"emb_token_id": self.processor.emb, "end_token_id": self.processor.end}
-        return generate(self.model, inputs, max_new_tokens=limit, mode=mode, **ends)
+        with jax.set_mesh(self.mesh):
+            return generate(self.model, inputs, max_new_tokens=limit, mode=mode, **ends)
 
     def _one_a_row(self, sequences: Sequence[Tokens]) -> Inputs:
         """Prompts of one kind, left-aligned, dealt to the shards in order; few different lengths."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from trace_jax import config
 from trace_jax.data.schema import Batch
 from trace_jax.model.attention import MASKED
+from trace_jax.model.qwen2_5_vl import Head
 
 
 class Mean(NamedTuple):
@@ -44,11 +45,11 @@ def normalize(states: jax.Array) -> jax.Array:
 
 
 def token_cross_entropy(
-    states: jax.Array, head: jax.Array, tokens: jax.Array, weights: jax.Array, chunk: int
+    states: jax.Array, head: Head, tokens: jax.Array, weights: jax.Array, chunk: int
 ) -> tuple[Mean, jax.Array]:
     """L_gen: cross-entropy of supervised tokens only, `chunk` tokens of a shard at a time.
 
-    states [S, T, D], head [vocabulary, D], tokens and weights [S, T], T a multiple of `chunk`. Returns the summed loss
+    states [S, T, D], tokens and weights [S, T], T a multiple of `chunk`. Returns the summed loss
     with its weight, and which tokens the argmax gets right, [S, T] bool. Logits are made again in the backward pass,
     so [S, T, vocabulary] never exists.
     """
@@ -58,7 +59,7 @@ def token_cross_entropy(
     @jax.checkpoint
     def one(total: jax.Array, part: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         state, token, weight = part
-        logits = jnp.einsum("std,vd->stv", state, head, preferred_element_type=jnp.float32)
+        logits = head.logits(state)
         picked = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - picked
         return total + jnp.sum(losses * weight), jnp.argmax(logits, axis=-1) == token
@@ -126,8 +127,8 @@ class ReadOut(NamedTuple):
     correct: Mean
 
 
-def read_out(hidden: jax.Array, head: jax.Array, batch: Batch, emb: int, options: config.Loss) -> ReadOut:
-    """Reads embeddings and L_gen off the states of one forward pass. hidden [S, R, L, D] float32, head [vocabulary, D].
+def read_out(hidden: jax.Array, head: Head, batch: Batch, emb: int, options: config.Loss) -> ReadOut:
+    """Reads embeddings and L_gen off the states of one forward pass. hidden [S, R, L, D] float32.
 
     `emb` is the id of <|emb|>. The embedding of a sequence is the state that predicts <|emb|>, i.e. of the token right
     before it (paper Table 4, "pre-token").
@@ -183,8 +184,7 @@ def hybrid_loss(
     return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}
 
 
-def _emits_first(hidden: jax.Array, head: jax.Array, batch: Batch, emb: int) -> jax.Array:
+def _emits_first(hidden: jax.Array, head: Head, batch: Batch, emb: int) -> jax.Array:
     """Which queries route to direct embedding: the argmax at the prompt's end is <|emb|> (Eq. 2). [S, B] bool."""
-    states = jax.lax.stop_gradient(take_states(hidden, batch.first_index))
-    logits = jnp.einsum("sbd,vd->sbv", states, jax.lax.stop_gradient(head))
+    logits = head.logits(take_states(hidden, batch.first_index))
     return jnp.argmax(logits, axis=-1) == emb

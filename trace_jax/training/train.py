@@ -58,6 +58,7 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
         param_dtype=jnp.dtype(config.model.param_dtype),
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
+        attention=config.model.attention,
     )
 
 
@@ -83,6 +84,20 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
         nnx.from_flat_state({k: v for k, v in flat.items() if (k in chosen) == wanted}) for wanted in (True, False)
     ]
     return graph, nnx.to_pure_dict(parts[0]), nnx.to_pure_dict(parts[1])
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, trainable: dict, other: jax.sharding.Sharding
+) -> TrainState:
+    """How a state is split: moments as their parameters (arrays, or shapes with shardings), all else as `other`."""
+    opt_shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: other,
+    )
+    return TrainState(jax.tree.map(lambda parameter: parameter.sharding, trainable), opt_shardings)
 
 
 def make_train_step(
@@ -117,7 +132,7 @@ def make_train_step(
             keys = None if key is None else jax.random.split(key, chunks)
             policy = jax.checkpoint_policies.save_only_these_names(VISUAL)
             out = jax.lax.map(jax.checkpoint(read, policy=policy), (batch, keys))
-        return hybrid_loss(out, batch, head[emb], config.loss)
+        return hybrid_loss(out, batch, head.row_of(emb), config.loss)
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), step_of(state.opt_state)) if dropout else None
@@ -137,14 +152,7 @@ def make_train_step(
 
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: dict, mesh: jax.sharding.Mesh) -> optax.OptState:
     """A fresh optimizer state, its moments sharded as their parameters."""
-    whole = sharding.replicated(mesh)
-    shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: whole,
-    )
+    shardings = state_shardings(optimizer, trainable, sharding.replicated(mesh)).opt_state
     return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
@@ -230,7 +238,8 @@ def train(config: Config) -> bool:
     try:
         for step in range(start + 1, steps + 1):
             batch = sharding.to_devices(next(batches), mesh)
-            state, measured = train_step(state, frozen, batch)
+            with jax.set_mesh(mesh):
+                state, measured = train_step(state, frozen, batch)
             writer.add(measured)  # waits for the step before: the device has work, a stop is never far
             bar.update()
             if step % config.training.log_every == 0 or step == steps:

@@ -87,7 +87,7 @@ _SIMPLE: Trace = {"complex": False, "reasoning": "", "answer": ""}
 # Reading the release --------------------------------------------------------------------------
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every line of a jsonl file, with a bar that counts its bytes."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.stem, leave=False, disable=None)
     with path.open("rb") as file, bar:
@@ -190,7 +190,7 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
     """Qid -> trace, from every file of cot/<split>; empty if the release has none."""
     traces: dict[str, Trace] = {}
     for path in sorted((release / "cot" / split).glob("*_cot.jsonl")):
-        for where, record in _lines(path):
+        for where, record in lines(path):
             traces[_field(record, "qid", where)] = {
                 "complex": bool(_field(record, "complex", where)),
                 "reasoning": record.get("reasoning") or "",
@@ -214,7 +214,12 @@ def load_qrels(path: Path | str) -> dict[str, set[str]]:
 
 def load_instructions(folder: Path | str) -> dict[tuple[int, str, str], list[str]]:
     """(dataset id, query modality, candidate modality) -> prompts, of folder/release."""
-    path = Path(folder) / "release/instructions/query_instructions.tsv"
+    return read_instructions(Path(folder) / "release")
+
+
+def read_instructions(release: Path) -> dict[tuple[int, str, str], list[str]]:
+    """(dataset id, query modality, candidate modality) -> prompts, of a release."""
+    path = release / "instructions/query_instructions.tsv"
     found: dict[tuple[int, str, str], list[str]] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines()[1:], 2):
         cells = line.split("\t")
@@ -318,7 +323,7 @@ class MbeirQueries(_Builder, skip_registration=True):
     def _generate_examples(self, name: str, path: Path, split: str) -> _Examples:
         traces = load_traces(self._release, split)
         index = self.index[name] = {"keys": [], "tasks": []}
-        for number, (where, record) in enumerate(_lines(path)):
+        for number, (where, record) in enumerate(lines(path)):
             query = _query(self._release, where, record, traces)
             index["keys"].append(query["qid"])
             index["tasks"].append(query["task_id"])
@@ -338,7 +343,7 @@ class MbeirCandidates(_Builder, skip_registration=True):
 
     def _generate_examples(self, name: str, path: Path) -> _Examples:
         index = self.index[name] = {"keys": []}
-        for number, (where, record) in enumerate(_lines(path)):
+        for number, (where, record) in enumerate(lines(path)):
             candidate = _candidate(self._release, where, record)
             index["keys"].append(candidate["did"])
             yield number, dict(candidate)

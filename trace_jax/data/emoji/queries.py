@@ -7,6 +7,7 @@ them draws as a man) is not asked in a test.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class Candidate(NamedTuple):
 class Query:
     """One query. `reasoning` and `answer` are empty where no thought is needed.
 
-    `negatives` are wrong answers that lie near: the query's own picture.
+    `negatives` are wrong answers that lie near: the query's own picture, and what differs in one attribute.
     """
 
     dataset: str
@@ -125,6 +126,14 @@ def _named(world: World) -> Iterator[Emoji]:
     return (e for e in world.emojis if e.split == "train" or world.askable(e))
 
 
+@functools.cache
+def _near(world: World, emoji: Emoji) -> tuple[str, ...]:
+    """Training pictures of what differs from an emoji in one attribute: tone, gender, concept, colour, shape, time."""
+    edits = (e for e in edits_of(emoji) if not e.doubled and e.target.split == "train")
+    nearest = _some(edits, {"tone": 2, "colour": 2, "time": 2}, f"near/{emoji.cell}", 1)
+    return tuple(path for edit in nearest for path in world.of(edit.target, TRAINED) if world.split(path) == "train")
+
+
 def _text_to_image(world: World, dataset: Dataset) -> Iterator[Query]:
     tags = {e.text: ", ".join(keywords().get(e.text, ())[:3]) for e in world.emojis}
     common = Counter(tags.values())
@@ -136,7 +145,8 @@ def _text_to_image(world: World, dataset: Dataset) -> Iterator[Query]:
             if "," in tags[emoji.text] and common[tags[emoji.text]] == 1:
                 asked.append(("words", tags[emoji.text]))
         for kind, text in asked:
-            yield Query(dataset.name, 0, emoji.split, kind, text, None, _images(paths))
+            near = _images(path for path in _near(world, emoji) if path not in paths)
+            yield Query(dataset.name, 0, emoji.split, kind, text, None, _images(paths), negatives=near)
 
 
 def _image_to_text(world: World, dataset: Dataset) -> Iterator[Query]:
@@ -150,8 +160,9 @@ def _image_to_image(world: World, dataset: Dataset) -> Iterator[Query]:
     for path in world.all(dataset.styles):
         alike = [p for emoji in world.certain(path) for p in world.of(emoji, TRAINED)]
         found = _images(p for p in dict.fromkeys(alike) if p != path)
+        near = [p for p in _near(world, world.certain(path)[0]) if p not in alike]
         kind = world.shows[path][0].kind
-        yield Query(dataset.name, 4, "train", kind, None, path, found, negatives=_images([path]))
+        yield Query(dataset.name, 4, "train", kind, None, path, found, negatives=_images([path, *near]))
 
 
 def _text_to_text(world: World, dataset: Dataset) -> Iterator[Query]:
@@ -223,7 +234,9 @@ def _edited(
             if path in paths:  # drawn alike: the change cannot be seen
                 continue
             found = _images(paths) if task == 7 else _captioned(world, edit.target, dataset.styles)
-            unchanged = Candidate(None if task == 7 else emoji.caption, path)
+            near = [Candidate(None if task == 7 else emoji.caption, path)]
+            if task == 7:
+                near += _images(p for p in _near(world, edit.target) if p not in (*paths, path))
             yield Query(
                 dataset.name,
                 task,
@@ -234,7 +247,7 @@ def _edited(
                 found,
                 edit.reasoning,
                 edit.answer,
-                (unchanged,),
+                tuple(near),
             )
 
 

@@ -119,7 +119,7 @@ SIZES = {
 """Name -> size: "tiny" for tests, "emoji_small" for the quickstart, "emoji_full" for long runs."""
 
 
-@dataclass
+@dataclass(eq=False)
 class World:
     """Pictures of one size. `pictures[style][emoji text]` is a path inside the release folder;
     `shows[path]` are all the emoji that this very picture shows.

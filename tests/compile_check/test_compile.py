@@ -1,0 +1,91 @@
+"""The real TPU compiler, where it is installed (requirements-tpu.txt)."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trace_jax.compile_check import chips
+
+needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
+
+# A process of its own: the compiler's library reads its environment when it is loaded, and is loaded once.
+SCRIPT = """
+import dataclasses, json
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tests import tiny
+from tests.compile_check.test_flops import CONFIG, replaced
+from trace_jax import sharding
+from trace_jax.compile_check import chips, programs, report
+from trace_jax.model.attention import attention
+
+programs.read_architecture = lambda config: tiny.architecture()
+config = replaced(CONFIG, attention="splash", remat="full", dtype="bfloat16", param_dtype="bfloat16")
+reports = report.check(config, "v5e:2x2")
+
+chip, devices = chips.find_topology("v5e:2x2")
+mesh = sharding.make_mesh(config.mesh, devices)
+peaks = {}
+for backend in ("xla", "splash"):
+    def loss(q, k, v, segments):
+        same = {"segments_q": segments, "segments_kv": segments}
+        return attention(q, k, v, **same, causal=True, backend=backend).astype(jnp.float32).sum()
+    rows, heads = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "tensor")
+    shapes = [((4, 28, 2048, 128), jnp.bfloat16, heads)] + [((4, 4, 2048, 128), jnp.bfloat16, heads)] * 2
+    shapes += [((4, 2048), jnp.int32, rows)]
+    arrays = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, p)) for s, t, p in shapes]
+    with jax.set_mesh(mesh), jax.default_device(devices[0]):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    peaks[backend] = compiled.memory_analysis().peak_memory_in_bytes
+print(report.table(reports, chip, 4))
+print(json.dumps(report.to_json(reports, "v5e:2x2") | {"attention": peaks}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    found = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = {**os.environ, **found, "PYTHONPATH": os.pathsep.join([".", *filter(None, sys.path)])}
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_programs_compile_and_fit(compiled):
+    assert [each["program"] for each in compiled["programs"]] == ["train step", "prefill", "decode"]
+    for each in compiled["programs"]:
+        assert each["fits"] and 0 < each["peak"] < chips.CHIPS["v5e"].hbm
+        assert each["hbm_seconds"] > 0 and each["compute_seconds"] > 0
+    assert compiled["programs"][0]["optimizer"] > 0
+    assert compiled["programs"][2]["note"].startswith("1 loop")  # the decoding ends when all rows have ended
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_weights_are_gathered_and_no_einsum_is_windowed(compiled):
+    kinds = {each["kind"]: each["count"] for each in compiled["programs"][0]["collectives"]}
+    assert "collective-permute" not in kinds, kinds
+    layers = 3 + 4  # of the decoder and of the vision encoder
+    assert layers <= kinds["all-gather"] <= 60 * layers
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_splash_needs_less_memory_than_xla(compiled):
+    assert compiled["attention"]["splash"] < 0.5 * compiled["attention"]["xla"]
+
+
+def test_without_the_compiler_the_error_says_what_to_install():
+    code = "from trace_jax.compile_check import chips; chips.find_topology('v5p:2x2x4')"
+    hidden = f"import sys; sys.modules['libtpu'] = None; {code}"
+    environment = {**os.environ, "TPU_LIBRARY_PATH": "/nowhere/libtpu.so", "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", hidden], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode != 0
+    assert "pip install -r requirements-tpu.txt" in ran.stderr.splitlines()[-1]

@@ -1,0 +1,97 @@
+"""Counted FLOPs against hand counts, and what the architecture needs against what a step does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import tiny
+from trace_jax import sharding
+from trace_jax.compile_check import flops, programs, report
+from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, load_config
+
+CONFIG = Config(
+    name="tiny",
+    model=Model(lora=Lora(rank=8), scan_layers=True, remat="none", dtype="float32", param_dtype="float32"),
+    data=Data(
+        batch_size=16,
+        row_length=256,
+        rows=3,
+        patch_row_length=128,
+        patch_rows=2,
+        max_pixels=64 * 64,
+        max_text_tokens=64,
+    ),
+    loss=Loss(vocabulary_chunk=64),
+    mesh=Mesh(data=1, fsdp=2, tensor=2),
+    evaluation=Evaluation(batch_size=8, max_trace_tokens=16, mesh=Mesh(data=2, tensor=2)),
+)
+
+
+def replaced(config, **model):
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+
+
+def test_loops_multiply_and_dead_products_do_not_count():
+    x = jnp.ones((8, 16))
+
+    def scanned(x):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(body, x, jnp.ones((5, 16, 16)))[0].sum()
+
+    product = 2 * 8 * 16 * 16
+    assert flops.program_flops(jax.make_jaxpr(scanned)(x)) == 5 * product
+    # Forward, the same again for tanh's derivative, and the gradient of x
+    assert flops.program_flops(jax.make_jaxpr(jax.grad(scanned))(x)) == 3 * 5 * product
+
+    def wasteful(x):
+        unused = x @ x.T
+        del unused
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ jnp.ones((16, 4)), lambda: jnp.zeros((8, 4)))
+
+    assert flops.program_flops(jax.make_jaxpr(wasteful)(x)) == 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize(("remat", "most"), [("none", 1.1), ("full", 1.4)])
+def test_a_step_does_little_more_than_the_model_needs(remat, most):
+    """The real layers and widths, reduced in depth; the attention's masked half is the largest part of the rest."""
+    config = replaced(load_config("mbeir_qwen2_5_vl_7b"), remat=remat, attention="xla")
+    config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=4))
+    whole = programs.read_architecture(config)
+    architecture = dataclasses.replace(
+        whole,
+        language=dataclasses.replace(whole.language, num_layers=4),
+        vision=dataclasses.replace(whole.vision, depth=4, full_attention_blocks=(3,)),
+    )
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    capacity = programs.capacity_of(config, architecture, 4)
+    needed = sum(flops.model_flops(architecture, config, capacity, 4).values())
+    done = flops.program_flops(programs.train_program(config, architecture, mesh).trace(mesh).jaxpr)
+    assert 1.0 <= done / needed <= most
+
+
+def test_shapes_follow_the_configuration_or_the_average_pair():
+    assert programs.capacity_of(CONFIG, tiny.architecture(), 2).rows == 3
+    config = load_config("mbeir_qwen2_5_vl_7b")
+    architecture = programs.read_architecture(config)
+    capacity = programs.capacity_of(config, architecture, 16)
+    assert capacity.pairs == 64
+    tokens = 64 * (programs.PAIR.text_tokens + programs.PAIR.images * 300)
+    assert tokens <= capacity.rows * 2048 <= 1.2 * tokens
+    assert capacity.targets % config.loss.vocabulary_chunk == 0
+    with pytest.raises(ValueError, match="cannot be dealt to 3 shards"):
+        programs.capacity_of(config, architecture, 3)
+
+
+def test_a_device_holds_its_part():
+    mesh = sharding.make_mesh(CONFIG.mesh, jax.devices()[:4])
+    model = programs.abstract_model(CONFIG, tiny.architecture(), mesh)
+    whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(model))
+    assert whole / 4 < report.device_bytes(model) < whole / 3  # norms and biases are on each
+
+
+def test_an_out_of_memory_error_tells_how_much_was_needed():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.36G of 15.75G hbm. Exceeded by 4.61G."
+    assert report.peak_of_error(message) == 20.36 * 2**30
+    assert report.peak_of_error("INTERNAL: something else") is None

@@ -1,0 +1,332 @@
+"""The stages over whole releases: the emoji's own metadata, policies, batches, what has been done and what has not."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cot.release import write_release
+from tests.cot.test_server import config as scripted_config
+from tests.cot.test_server import digests, run, traces
+from trace_jax.config import ROOT, load_config
+from trace_jax.cot import batch, card, pipeline, source, stages, write
+from trace_jax.cot.cache import Answer
+from trace_jax.cot.config import CotConfig, Teacher, Verify
+from trace_jax.cot.prompts import Prompts
+from trace_jax.cot.schema import Row, chosen, read_rows
+from trace_jax.cot.statistics import BINS, Statistics
+from trace_jax.data.builders import mbeir
+from trace_jax.data.schema import TASKS
+
+
+def emoji_config(**changes) -> CotConfig:
+    found = load_config("emoji", [], CotConfig, "configs/cot")
+    tokenizer = str(ROOT / found.filters.tokenizer)
+    return dataclasses.replace(found, filters=dataclasses.replace(found.filters, tokenizer=tokenizer), **changes)
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory, tiny_config) -> pipeline.Build:
+    """The tiny emoji release through all stages, its metadata as teacher and verifier."""
+    release = pathlib.Path(tiny_config.data.root) / "tiny/release"
+    options = emoji_config(verify=Verify(controls=0.1), part_rows=150)
+    build = pipeline.Build(options, release, tmp_path_factory.mktemp("cot") / "emoji")
+    run(build)
+    return build
+
+
+def test_the_emoji_traces_come_out_as_they_are(emoji):
+    """Right by construction, they pass every filter: the same bytes, so training on them is the quickstart's."""
+    for folder in ("cot/train", "query/train", "query/union_train"):
+        names = sorted(path.name for path in (emoji.release / folder).iterdir())
+        assert names == sorted(path.name for path in (emoji.output / "release" / folder).iterdir())
+        for name in names:
+            made, own = emoji.output / "release" / folder / name, emoji.release / folder / name
+            assert made.read_bytes() == own.read_bytes(), f"{folder}/{name}"
+
+
+def test_training_reads_the_output_like_any_release(emoji, tiny_config):
+    own = mbeir.load_queries(pathlib.Path(tiny_config.data.root) / "tiny", "train")
+    made = mbeir.load_queries(emoji.output, "train")
+    assert len(made) == len(own) > 1000
+    assert all(made[i] == own[i] for i in range(0, len(own), 37))
+    assert any(made[i]["complex"] for i in range(len(made)))
+
+
+def test_parquet_and_jsonl_hold_the_same_rows(emoji):
+    stems = sorted(path.stem for path in (emoji.output / "rows").glob("*.parquet"))
+    assert len(stems) == len(TASKS)
+    for stem in stems:
+        rows = list(read_rows(emoji.output / f"rows/{stem}.jsonl"))
+        table = pq.read_table(emoji.output / f"rows/{stem}.parquet").to_pylist()
+        assert [Row(**(record | {"prompts": dict(record["prompts"])})) for record in table] == rows
+        assert rows == sorted(rows, key=lambda row: row.order)
+
+
+def test_the_card_tells_what_was_built(emoji):
+    told = json.loads((emoji.output / "card.json").read_text())
+    own = [row for row in told["reasoning"] if row["dataset"] == "emoji"]
+    kept = sum(1 for record in traces(emoji.output).values() if record["complex"])
+    assert own[0]["labelled"] == own[0]["kept"] == kept > 1000
+    assert told["calibration"]["targets_accepted"] == 1.0 and told["calibration"]["decoys_accepted"] == 0.0
+    assert told["calibration"]["area"] == 1.0 and told["calibration"]["decoys"] > 50
+    assert sum(row["written"] for row in told["gold"]) == kept and len(told["gold"]) == 2
+    assert sum(told["lengths"]["answer"].values()) == kept
+    text, page = ((emoji.output / name).read_text() for name in ("README.md", "card.html"))
+    assert "| oven | 0 | 0 | – | 293,875 |" in text and "| mscoco | i2t | 0 | 113K |" in text
+    hashes = Prompts("v1").hashes()
+    assert hashes["assess it2i"] in text and hashes["generate it2i, target shown"] in text
+    assert page.count("data:image/png;base64,") > 10 and "hidden from the teacher" in page
+
+
+def test_a_finished_build_does_nothing_again(emoji):
+    parts = pipeline.read_source(emoji)
+    assert len(parts) > len(TASKS)  # files are cut into parts
+    assert [pipeline.run_stage(emoji, stage, parts) for stage in pipeline.NAMES] == [0, 0, 0, 0]
+    before = digests(emoji.output)
+    write.write(emoji, parts)
+    assert digests(emoji.output) == before
+
+
+def test_options_that_matter_begin_anew_and_others_do_not(emoji):
+    def changed(**changes) -> set[str]:
+        other = dataclasses.replace(emoji, config=dataclasses.replace(emoji.config, **changes))
+        was, now = pipeline.folders(emoji), pipeline.folders(other)
+        return {stage for stage in was if was[stage] != now[stage]}
+
+    everything = {"source", "assess", "generate", "filter", "verify"}
+    faster = dataclasses.replace(emoji.config.teacher, concurrency=1, timeout=1.0, base_url="http://elsewhere")
+    assert changed(teacher=faster, budget=dataclasses.replace(emoji.config.budget, tokens=5), records=False) == set()
+    assert changed(limit=5) == everything
+    assert changed(policy={"emoji": "complex"}) == everything - {"source"}
+    assert changed(show_gold=0.1) == {"generate", "filter", "verify"}
+    assert changed(filters=dataclasses.replace(emoji.config.filters, ngram=4)) == {"filter", "verify"}
+    assert changed(verifier=dataclasses.replace(emoji.config.verifier, model="n")) == {"verify"}
+
+
+def test_stages_run_apart_in_their_order(tmp_path, emoji):
+    build = dataclasses.replace(emoji, output=tmp_path, config=dataclasses.replace(emoji.config, limit=20))
+    parts = pipeline.read_source(build)
+    with pytest.raises(pipeline.UnfinishedError, match="stage generate needs stage assess"):
+        pipeline.run_stage(build, "generate", parts)
+    with pytest.raises(pipeline.UnfinishedError, match="stage write needs stage verify"):
+        write.write(build, parts)
+
+
+# Assessment -----------------------------------------------------------------------------------
+
+
+def row(**changes) -> Row:
+    plain = Row("7:1", "cirr", "train", 7, "Find it.", "in blue", "", "", "7:2", "", "", "")
+    return dataclasses.replace(plain, **changes)
+
+
+def stage(kind: type[stages.Stage], **options) -> stages.Stage:
+    return kind(CotConfig(name="x", **options), Prompts("v1"), pathlib.Path())
+
+
+def test_the_policy_decides_and_the_teacher_is_compared():
+    said = [Answer('{"complex": false, "reason": "Plain."}')]
+    assess = stage(stages.Assess, policy={"cirr": "complex"})
+    judged = assess.finish(row(), said)
+    assert judged.complex and judged.assessed is False and judged.assessment == "Plain."
+    assert not stage(stages.Assess).finish(row(), said).complex
+    statistics = Statistics()
+    statistics.add(judged, "complex", len, 0.7)
+    assert statistics.counts["policy", "cirr", "complex", "simple"] == 1
+
+
+def test_only_a_share_of_what_the_policy_decides_is_audited():
+    assess = stage(stages.Assess, policy={"cirr": "complex"}, audit=0.25)
+    asked = [bool(assess.requests(row(qid=f"7:{number}"))) for number in range(2000)]
+    assert 400 < sum(asked) < 600
+    assert all(stage(stages.Assess, audit=0.0).requests(row(qid=f"7:{number}")) for number in range(9))
+
+
+def test_an_audit_without_an_answer_costs_no_row():
+    failed = [stages.Unanswered("timeout")]
+    assert stage(stages.Assess, policy={"cirr": "complex"}).finish(row(), failed).complex
+    assert stage(stages.Assess).finish(row(), failed).dropped == "unanswered"
+    assert stage(stages.Assess).finish(row(), [Answer("", error="HTTP 400")]).dropped == "rejected"
+    assert stage(stages.Assess).finish(row(), [Answer("who knows")]).dropped == "assessment"
+
+
+def test_the_target_is_shown_as_often_as_asked_and_marked():
+    generate = stage(stages.Generate, show_gold=0.5, show_gold_of={"oven": 0.0})
+    marked = 0
+    for number in range(400):
+        one = row(qid=f"7:{number}", complex=True, target_text="The Eiffel Tower")
+        request = generate.requests(one)[0]
+        finished = generate.finish(one, [Answer("x")])
+        assert finished.gold == ("Eiffel" in request.text) == (request.target == "7:2")
+        marked += finished.gold
+        hidden = generate.requests(dataclasses.replace(one, dataset="oven"))[0]
+        assert "Eiffel" not in hidden.text
+    assert 160 < marked < 240
+    assert generate.requests(row(complex=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "dropped"),
+    [
+        ('{"consistent": true, "confidence": 0.71, "reason": ""}', ""),
+        ('```json\n{"consistent": true, "confidence": 1, "reason": "ok"}\n```', ""),
+        ('{"consistent": true, "confidence": 0.7}', "confidence"),
+        ('{"consistent": false, "confidence": 0.99}', "inconsistent"),
+        ('{"consistent": "yes", "confidence": 0.9}', "verdict"),
+        ('{"consistent": true, "confidence": 7}', "verdict"),
+        ('{"consistent": true, "confidence": true}', "verdict"),
+        ('{"consistent": true}', "verdict"),
+        ("I agree.", "verdict"),
+        ('{"consistent": true, "confid', "verdict"),
+    ],
+)
+def test_verdicts(text, dropped):
+    assert stage(stages.Verify).finish(row(complex=True, answer="x"), [Answer(text)]).dropped == dropped
+
+
+def test_calibration_compares_targets_with_decoys():
+    statistics = Statistics()
+    for own, decoy, count in ((0.9, 0.2, 30), (0.8, 0.6, 10)):
+        for _ in range(count):
+            one = row(complex=True, consistent=True, confidence=own, decoy_consistent=True, decoy_confidence=decoy)
+            statistics.add(one, None, len, 0.7)
+    found = card.calibration(statistics)
+    assert found is not None
+    assert (found["targets"], found["decoys"], found["area"]) == (40, 40, 1.0)
+    assert (found["targets_accepted"], found["decoys_accepted"]) == (1.0, 0.0)
+    assert sum(entry["targets"] for entry in found["bins"]) == 40 and len(found["bins"]) <= BINS
+    assert card.calibration(Statistics()) is None
+
+
+# Prompts, source, batches, the command --------------------------------------------------------
+
+
+def test_every_prompt_can_be_filled_and_has_a_hash_of_its_own():
+    prompts = Prompts("v1")
+    hashes = prompts.hashes()
+    assert len(hashes) == 3 * len(TASKS) + 2 and len(set(hashes.values())) == len(hashes)
+    for task in TASKS:
+        assert "in blue" in prompts.assess(task).fill(instruction="i", query="in blue")
+        hidden = prompts.generate(task, False).fill(instruction="i", query="q")
+        shown = prompts.generate(task, True).fill(instruction="i", query="q", target="SECRET")
+        assert "SECRET" in shown and "SECRET" not in hidden
+    for kind in ("image", "text"):
+        assert "X1" in prompts.verify(kind).fill(instruction="i", query="q", target="t", answer="X1")
+    with pytest.raises(ValueError, match="no prompts 'v0'; there are v1"):
+        Prompts("v0")
+
+
+def test_queries_come_once_sorted_with_their_target(tmp_path):
+    release = write_release(tmp_path / "release", 60)
+    path = release / "query/train/mbeir_infoseek_train.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*reversed(lines), lines[0]]) + "\n")
+    parts = source.read(release, CotConfig(name="x", part_rows=7, verify=Verify(controls=1.0)), tmp_path / "parts")
+    rows = [one for part in parts for one in read_rows(tmp_path / "parts" / part)]
+    assert len(rows) == 60 and len(parts) == 5 + 3 + 3
+    infoseek = [one for one in rows if one.dataset == "infoseek"]
+    assert infoseek == sorted(infoseek, key=lambda one: one.order) and len(infoseek) == 15
+    one = next(one for one in rows if one.qid == "6:1")
+    assert (one.target_text, one.target_image) == ("House 1 of Greenville", "")
+    assert one.instruction == "Find the text that answers the question."
+    assert one.decoy != one.target and one.decoy_text.startswith("House")
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "message"),
+    [
+        ("query/train/mbeir_infoseek_train.jsonl", '"6:1"', '"61"', "is not of the form"),
+        ("query/train/mbeir_infoseek_train.jsonl", '["6:1"]', "[]", "holds no id"),
+        ("query/train/mbeir_infoseek_train.jsonl", '["6:1"]', '["6:999"]', "6:999 is in no file"),
+        ("query/train/mbeir_infoseek_train.jsonl", "shop/blue.png", "shop/gone.png", "no picture"),
+    ],
+)
+def test_what_is_wrong_with_a_release_is_said(tmp_path, path, old, new, message):
+    release = write_release(tmp_path / "release", 12)
+    text = (release / path).read_text()
+    assert old in text
+    (release / path).write_text(text.replace(old, new, 1))
+    with pytest.raises(mbeir.ReleaseError, match=message):
+        source.read(release, CotConfig(name="x"), tmp_path / "parts")
+
+
+def test_shares_are_drawn_evenly_and_alike_everywhere():
+    drawn = [chosen(f"7:{number}", "gold", 0.3) for number in range(5000)]
+    assert 1350 < sum(drawn) < 1650
+    assert drawn == [chosen(f"7:{number}", "gold", 0.3) for number in range(5000)]
+    assert all(chosen(f"7:{n}", "x", 1.0) and not chosen(f"7:{n}", "x", 0.0) for n in range(100))
+
+
+def test_a_batch_is_exchanged_as_files(tmp_path):
+    """Files go out, answers come back in any order with some missing, and what is missing goes out again."""
+    release = write_release(tmp_path / "release", 24)
+    build = pipeline.Build(scripted_config("http://127.0.0.1:1/v1"), release, tmp_path / "out")
+    parts = pipeline.read_source(build)
+    (sent,) = batch.write_requests(build, "assess", parts)
+    lines = [json.loads(line) for line in sent.read_text().splitlines()]
+    assert len({line["custom_id"] for line in lines}) == len(lines) == 24
+    assert all(line["url"] == "/v1/chat/completions" and line["body"]["messages"] for line in lines)
+
+    def back(lines, status: int = 200) -> str:
+        message = {"choices": [{"message": {"content": '{"complex": false, "reason": "."}'}, "finish_reason": "stop"}]}
+        body = message | {"usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+        answers = [{"custom_id": x["custom_id"], "response": {"status_code": status, "body": body}} for x in lines]
+        return "".join(json.dumps(answer) + "\n" for answer in reversed(answers))
+
+    (sent.parent / "answers-1.jsonl").write_text(back(lines[:20]) + back(lines[20:22], 429))
+    assert batch.read_answers(build, "assess") == 20
+    (again,) = batch.write_requests(build, "assess", parts)
+    assert {json.loads(line)["custom_id"] for line in again.read_text().splitlines()} == {
+        line["custom_id"] for line in lines[20:]
+    }
+    (sent.parent / "answers-2.jsonl").write_text(back(lines[20:]))
+    assert batch.read_answers(build, "assess") == 24 and batch.write_requests(build, "assess", parts) == []
+    assert pipeline.run_stage(build, "assess", parts) == len(parts)  # nobody listens at the address: all is cached
+    rows = [one for part in parts for one in read_rows(pipeline.folders(build)["assess"] / part)]
+    assert len(rows) == 24 and not any(one.complex or one.dropped for one in rows)
+
+
+def test_requests_without_an_answer_stop_the_stage_and_keep_the_rest(tmp_path):
+    release = write_release(tmp_path / "release", 8)
+    dead = Teacher(model="m", base_url="http://127.0.0.1:1/v1", attempts=1, give_up_after=3, concurrency=1)
+    options = scripted_config("", teacher=dead, unanswered="stop")
+    build = pipeline.Build(options, release, tmp_path / "out")
+    parts = pipeline.read_source(build)
+    with pytest.raises(pipeline.UnfinishedError, match="8 requests have no answer .*3 requests in a row"):
+        pipeline.run_stage(build, "assess", parts)
+    assert pipeline.missing_parts(build, "assess", parts) == parts
+
+
+def test_configs_of_builds_load_under_their_names():
+    for name in ("emoji", "mbeir"):
+        assert load_config(name, [], CotConfig, "configs/cot").name == name
+    paper = load_config("mbeir", ["--teacher.model", "other", "--budget.dollars", "5"], CotConfig, "configs/cot")
+    assert (paper.teacher.model, paper.budget.dollars) == ("other", 5.0)
+    assert set(paper.policy) == set(card.PAPER_REASONING) | {name for name, _ in card.PAPER_SIMPLE}
+    with pytest.raises(ValueError, match="choose simple or complex"):
+        CotConfig(name="x", policy={"cirr": "hard"})
+    with pytest.raises(ValueError, match="choose from 0 to 1"):
+        CotConfig(name="x", show_gold=2.0)
+
+
+def test_the_command(tmp_path):
+    release = write_release(tmp_path / "release", 8)
+    command = [
+        sys.executable,
+        "launch/build_cot.py",
+        "mbeir",
+        "--source",
+        str(release),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
+    waiting = subprocess.run([*command, "--batch", *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert waiting.returncode == 1 and "requests-00000.jsonl" in waiting.stderr, waiting.stderr
+    wrong = subprocess.run([*command, "--stages", "asess"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "no stage asess" in wrong.stderr

@@ -1,0 +1,1 @@
+"""The real TPU compiler, ahead of time and without a TPU: what fits, and what bounds its speed."""

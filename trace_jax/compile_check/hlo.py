@@ -1,0 +1,228 @@
+"""What an optimised HLO text says: how often each instruction runs, collectives, HBM traffic, the compiler's cycles.
+
+The compiler's own totals count the body of a loop once; here every instruction is weighted by the trip counts of the
+loops around it, read from their conditions.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # the others' names end in theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of HLO text."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    number: int | None  # a scalar constant's value, or which parameter it is
+    attributes: str
+    is_root: bool
+
+    def attribute(self, key: str) -> str | None:
+        """The computation that an attribute names."""
+        match = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
+        return match.group(1) if match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All runs of one kind of collective in a step of one device."""
+
+    kind: str
+    count: int  # runs
+    sent: float  # bytes that leave a device over the interconnect, ring algorithms assumed
+    result: float  # bytes of the results
+    exposed: float  # of `sent`: by instructions that nothing runs beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """One step of one device, loops multiplied out."""
+
+    collectives: tuple[Collective, ...]
+    hbm_bytes: float  # operands and results of every kernel that lie in HBM
+    cycles: float  # the compiler's estimates of its fusions; other instructions have none
+    unknown_loops: int  # loops whose trip count is not in the text, counted as one trip
+
+
+def read(text: str) -> Summary:
+    """Sums up an HLO module. Raises ValueError when the text has no ENTRY computation."""
+    return _Module(text).summary()
+
+
+def bytes_of(shape: str, *, hbm_only: bool = False) -> float:
+    """Bytes of all arrays of a shape; `hbm_only` leaves out those that are laid out in an on-chip memory, S(n)."""
+    total = 0.0
+    for dtype, dimensions, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shape):
+        if hbm_only and re.search(r"S\(\d+\)", layout):
+            continue
+        bits = BITS.get(dtype) or int((re.search(r"\d+", dtype) or [0])[0])
+        total += math.prod(int(size) for size in dimensions.split(",") if size) * bits / 8
+    return total
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis that opens at `start` closes."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "(") - (text[at] == ")")
+        if depth == 0:
+            return at
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def _instruction(line: str) -> Instruction | None:
+    match = re.match(r"\s+(ROOT )?%([\w.\-]+) = ", line)
+    if match is None:
+        return None
+    rest = line[match.end() :]
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].lstrip()
+    opens = rest.index("(")
+    closes = _closing(rest, opens)
+    inner = rest[opens + 1 : closes]
+    operands, number = tuple(re.findall(r"%([\w.\-]+)", inner)), int(inner) if inner.isdecimal() else None
+    return Instruction(match[2], shape, rest[:opens], operands, number, rest[closes + 1 :], match[1] is not None)
+
+
+class _Module:
+    """The computations of a module, by name."""
+
+    def __init__(self, text: str) -> None:
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        entry, current = None, None
+        for line in text.splitlines():
+            if header := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+                current = self.computations.setdefault(header[2], {})
+                entry = header[2] if header[1] else entry
+            elif line.rstrip() == "}":  # a kernel's attributes go over several lines, one of which begins with braces
+                current = None
+            elif current is not None and (instruction := _instruction(line)):
+                current[instruction.name] = instruction
+        if entry is None:
+            raise ValueError("the HLO text has no ENTRY computation")
+        self.entry = entry
+        self.unknown_loops = 0
+
+    def trips(self, condition: str) -> int:
+        """How often a loop with this condition runs: the constant that its counter is compared to, else once."""
+        instructions = self.computations[condition]
+        root = next(instruction for instruction in instructions.values() if instruction.is_root)
+        if root.opcode == "compare" and "direction=LT" in root.attributes:
+            bound = instructions[root.operands[1]]
+            if bound.number is not None:
+                return bound.number
+        self.unknown_loops += 1
+        return 1
+
+    def runs(self, computation: str, times: int = 1) -> Iterator[tuple[str, int]]:
+        """The computations that run one instruction after another, with how often; both branches of a conditional."""
+        yield computation, times
+        for instruction in self.computations[computation].values():
+            if instruction.opcode == "while":
+                condition, body = instruction.attribute("condition"), instruction.attribute("body")
+                if condition and body:
+                    yield from self.runs(body, times * self.trips(condition))
+            elif instruction.opcode == "conditional":
+                names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+                found = re.findall(r"%([\w.\-]+)", names[1]) if names else []
+                both = (instruction.attribute(f"{which}_computation") for which in ("true", "false"))
+                for branch in [*found, *filter(None, both)]:
+                    yield from self.runs(branch, times)
+            elif instruction.opcode == "call" and (callee := instruction.attribute("to_apply")):
+                yield from self.runs(callee, times)
+
+    def summary(self) -> Summary:
+        """Walks all that runs."""
+        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+        traffic = cycles = 0.0
+        for name, times in self.runs(self.entry):
+            for instruction in self.computations[name].values():
+                traffic += times * self.traffic(name, instruction)
+                if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
+                    cycles += times * int(match[1])
+                for collective, exposed in self.collectives(instruction):
+                    kind = collective.opcode.removesuffix("-start")
+                    sent = sent_bytes(collective)
+                    parts = (1, sent, result_bytes(collective), sent * exposed)
+                    found[kind] = [old + times * new for old, new in zip(found[kind], parts, strict=True)]
+        rows = (Collective(kind, int(parts[0]), *parts[1:]) for kind, parts in sorted(found.items()))
+        return Summary(tuple(rows), traffic, cycles, self.unknown_loops)
+
+    def collectives(self, instruction: Instruction) -> Iterator[tuple[Instruction, bool]]:
+        """The collectives that an instruction starts, and whether nothing runs beside them."""
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            yield instruction, not instruction.opcode.endswith("-start")
+        elif instruction.opcode in ("fusion", "async-start"):
+            inside = self.computations.get(instruction.attribute("calls") or "", {}).values()
+            if not any("AsyncCollectiveDone" in each.attributes for each in inside):  # it repeats the one begun
+                for each in inside:
+                    yield from ((found, False) for found, _ in self.collectives(each))
+
+    def traffic(self, computation: str, instruction: Instruction) -> float:
+        """Bytes between HBM and the chip. A slice that is read or written in place counts as itself, not its whole."""
+        kind = instruction.opcode
+        if kind in NO_TRAFFIC or kind.endswith(("-start", "-done")):
+            return 0.0
+        there = self.computations[computation]
+        shapes = [there[name].shape if name in there else "" for name in instruction.operands]
+        reads = [bytes_of(shape, hbm_only=True) for shape in shapes]
+        writes = bytes_of(instruction.shape, hbm_only=True)
+        if kind == "dynamic-slice":
+            return 2 * writes
+        if kind == "dynamic-update-slice":
+            return 2 * reads[1]
+        inside = self.computations.get(instruction.attribute("calls") or "") if kind == "fusion" else None
+        if inside:
+            for parameter in inside.values():
+                number = parameter.number
+                if parameter.opcode != "parameter" or number is None or not reads[number]:
+                    continue
+                users = [each for each in inside.values() if parameter.name in each.operands]
+                if any(each.operands[0] != parameter.name for each in users):
+                    continue
+                if users and all(each.opcode == "dynamic-slice" for each in users):
+                    reads[number] = sum(bytes_of(each.shape) for each in users)
+                elif users and all(each.opcode == "dynamic-update-slice" for each in users):
+                    update = sum(bytes_of(inside[each.operands[1]].shape) for each in users)
+                    writes, reads[number] = min(writes, update), 0.0
+        return sum(reads) + writes
+
+
+def result_bytes(collective: Instruction) -> float:
+    """Bytes of a collective's result; an asynchronous one gives (operands, results, ...)."""
+    if not collective.opcode.endswith("-start"):
+        return bytes_of(collective.shape)
+    leaves = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", collective.shape)
+    return max(bytes_of(leaf) for leaf in leaves)
+
+
+def group_size(collective: Instruction) -> int:
+    """How many devices take part in one group: of the lists, the iota form or the mesh form of replica_groups."""
+    text = collective.attributes
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    return 2  # a permute
+
+
+def sent_bytes(collective: Instruction) -> float:
+    """Bytes that leave each device, by the ring algorithms."""
+    kind, result, size = collective.opcode.removesuffix("-start"), result_bytes(collective), group_size(collective)
+    if kind == "collective-permute":
+        return result
+    factor = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1}
+    return result * factor.get(kind, (size - 1) / size)

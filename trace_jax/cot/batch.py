@@ -1,0 +1,90 @@
+"""Offline batch APIs: a stage's open requests as JSONL files to send, and the answers' JSONL files read back.
+
+A line to send is {"custom_id", "method", "url", "body"}; one that comes back is {"custom_id", "response":
+{"status_code", "body"}, "error"}. The custom_id is the request's key in the cache, so answers may come in any order,
+file or number.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from trace_jax.cot.cache import Answer, Cache
+from trace_jax.cot.client import TransientError, key_of, parse, payload
+from trace_jax.cot.pipeline import Build, neighbours
+from trace_jax.cot.prompts import Prompts
+from trace_jax.cot.schema import read_rows, write_lines
+from trace_jax.cot.stages import STAGES
+from trace_jax.cot.teacher import dollars
+from trace_jax.data.builders import mbeir
+
+REQUESTS = 50_000  # of a file: what the hosted batch APIs accept
+BYTES = 180_000_000
+
+
+def folder(build: Build, stage: str) -> Path:
+    """Where a stage's files are exchanged."""
+    return build.output / "batch" / stage
+
+
+def read_answers(build: Build, stage: str) -> int:
+    """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again."""
+    model = STAGES[stage](build.config, Prompts(build.config.prompts), build.release).model()
+    cache, count = Cache(build.cache), 0
+    for path in sorted(folder(build, stage).glob("answers*.jsonl")):
+        for _, record in mbeir.lines(path):
+            response = record.get("response") or {}
+            status = response.get("status_code")
+            if status == 200:
+                try:
+                    answer = parse(response["body"])
+                except (TransientError, KeyError):
+                    continue
+            elif status in (400, 413, 422):
+                answer = Answer("", error=f"HTTP {status}: {json.dumps(response.get('body'))[:200]}")
+            else:
+                continue
+            cache.put(record["custom_id"], stage, model.model, answer, dollars(answer, model))
+            count += 1
+    cache.close()
+    return count
+
+
+def _open_requests(build: Build, stage: str, parts: list[str]) -> Iterator[str]:
+    asking = STAGES[stage](build.config, Prompts(build.config.prompts), build.release)
+    cache, before, seen = Cache(build.cache), neighbours(build, stage)[0], set[str]()
+    for part in parts:
+        for row in read_rows(before / part):
+            for request in [] if row.dropped else asking.requests(row):
+                key = key_of(request, asking.model())
+                if key not in seen and cache.get(key) is None:
+                    seen.add(key)
+                    body = payload(request, asking.model())
+                    line = {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+                    yield json.dumps(line, ensure_ascii=False)
+    cache.close()
+
+
+def write_requests(build: Build, stage: str, parts: list[str]) -> list[Path]:
+    """Writes what is still to be asked for a stage into requests-*.jsonl; returns the files."""
+    for stale in folder(build, stage).glob("requests-*.jsonl"):
+        stale.unlink()
+    written: list[Path] = []
+    lines: list[str] = []
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        if lines:
+            written.append(folder(build, stage) / f"requests-{len(written):05}.jsonl")
+            write_lines(written[-1], lines)
+            lines.clear()
+            size = 0
+
+    for line in _open_requests(build, stage, parts):
+        lines.append(line)
+        size += len(line.encode())
+        if len(lines) == REQUESTS or size > BYTES:
+            flush()
+    flush()
+    return written
