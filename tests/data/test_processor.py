@@ -43,7 +43,7 @@ def ramp(mode="L"):
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB"])
 def test_every_mode_keeps_its_picture(mode):
     image = ImageCms.profileToProfile(ramp("RGB"), SRGB, LAB, outputMode="LAB") if mode == "LAB" else ramp(mode)
-    got = decode_image(encoded(image, "TIFF"))
+    got = decode_image(encoded(image, "JPEG" if mode == "YCbCr" else "TIFF"))  # Pillow 12 cannot read its YCbCr TIFF
     assert got.shape == (20, 40, 3)
     assert np.abs(got.astype(int).mean(axis=(0, 2)) - np.linspace(0, 250, 40)).max() < (130 if mode == "1" else 4)
 

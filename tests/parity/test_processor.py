@@ -92,7 +92,7 @@ def test_files_of_any_mode_equal_the_reference(mode):
     pixels = picture(60, 40)
     image = Image.fromarray(np.dstack([pixels, pixels[..., 1]])).convert(mode)
     file = io.BytesIO()
-    image.save(file, "TIFF")
+    image.save(file, "JPEG" if mode == "YCbCr" else "TIFF")  # Pillow 12 cannot read its YCbCr TIFF
     expected = processor(14, 3136, 100_000)(images=[Image.open(file)], return_tensors="np")["pixel_values"]
     patches = patchify(decode_image(file.getvalue()), Geometry(min_pixels=3136, max_pixels=100_000))
     ours = patches.values.reshape(-1, 4, expected.shape[-1])[patches.slots]

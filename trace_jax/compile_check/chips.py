@@ -8,7 +8,6 @@ what the compiler of libtpu 0.0.42.1 names in its out-of-memory errors.
 import dataclasses
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 
 GIB = 2**30
@@ -52,9 +51,10 @@ def find_topology(name: str, slices: int = 1) -> tuple[Chip, list[Any]]:
         more["chip_config_name"] = "megacore"  # one device a chip
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **more)
-    except (RuntimeError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        if "libtpu" in reason.lower() or "not found" in reason.lower() or "Unknown backend" in reason:
+        missing = ("libtpu", "not found", "unknown backend", "tpu support not installed")
+        if any(words in reason.lower() for words in missing):
             raise CompilerMissingError(
                 f"no TPU compiler here ({reason}): pip install -r requirements-tpu.txt"
             ) from error
