@@ -40,8 +40,9 @@ HICCUPS = {
     **dict.fromkeys((7, 30, 53, 76), "500"),
     **dict.fromkeys((11, 34, 57, 80), "truncated"),
     **dict.fromkeys((19, 42, 65, 88), "disconnect"),
-    15: "timeout",
 }
+HANGS = 460
+"""Of so many queries one hangs, the first time that its trace is asked for, until the client gives up."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 
 
@@ -155,6 +156,8 @@ class Scripted:
         stage = next((name for words, name in stage.items() if words in text["text"]), "generate")
         self.attempts[digest] += 1
         hiccup = HICCUPS.get(number % 92) if self.hiccups and self.attempts[digest] == 1 else None
+        if self.hiccups and self.attempts[digest] == 1 and number % HANGS == 15 and stage == "generate":
+            hiccup = "timeout"
         if hiccup is not None and (response := await self._hiccup(hiccup, request)) is not None:
             return response
         reason = fate(number)

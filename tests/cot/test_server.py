@@ -26,9 +26,10 @@ from trace_jax.cot.schema import order, read_rows
 TOKENIZER = str(ROOT / "trace_jax/assets/emoji_base")
 
 
-def config(url: str, **changes) -> CotConfig:
+def config(url: str, timeout: float = 6, **changes) -> CotConfig:
+    """`timeout` is far longer than a busy machine needs for an answer: one that is given up would be paid again."""
     teacher = Teacher(
-        model="scripted", base_url=url, concurrency=16, timeout=4, attempts=4, backoff=0.01, give_up_after=1000
+        model="scripted", base_url=url, concurrency=16, timeout=timeout, attempts=4, backoff=0.01, give_up_after=1000
     )
     options = {
         "name": "scripted",
@@ -83,10 +84,10 @@ def check_rows(output: pathlib.Path, size: int) -> None:
     assert {json.loads(line)["qid"] for line in queries} == set(kept)
 
 
-def check_scripted(tmp_path: pathlib.Path, size: int) -> None:
+def check_scripted(tmp_path: pathlib.Path, size: int, **options) -> None:
     release = write_release(tmp_path / "release", size)
     with Scripted(delay=0.002) as server:
-        build = pipeline.Build(config(server.url), release, tmp_path / "out")
+        build = pipeline.Build(config(server.url, **options), release, tmp_path / "out")
         run(build)
         assert max(server.answered.values()) == 1
         asked = sum(server.attempts.values())
@@ -104,7 +105,7 @@ def test_exactly_the_right_rows_survive(tmp_path):
 
 @pytest.mark.slow
 def test_exactly_the_right_rows_survive_of_five_thousand(tmp_path):
-    check_scripted(tmp_path, 5000)
+    check_scripted(tmp_path, 5000, timeout=20, part_rows=5000)
 
 
 SCRIPT = """
