@@ -63,6 +63,7 @@ class Data:
     max_positives: int = 8  # K
     hard_negatives: int = 0  # H: drawn for each query from its list in the release
     max_trace_tokens: int = 384
+    jitter: float = 0.0  # random zoom and shift of training pictures, as a share of their sides
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 300 * 28 * 28
 

@@ -278,6 +278,11 @@ def first_fit(lengths: SequenceOf[int], capacity: int, rows: int | None = None) 
     return assigned
 
 
+def unique_images(sequences: SequenceOf[Sequence]) -> list[Patches]:
+    """The images of some sequences; one that several of them hold, the same object, is there once."""
+    return list({id(image): image for sequence in sequences for image in sequence.images}.values())
+
+
 @dataclasses.dataclass(frozen=True)
 class Packed:
     """Rows of one shard, without the leading S, and where each sequence went."""
@@ -298,16 +303,15 @@ def pack(
 ) -> Packed:
     """Packs sequences into `rows` x `row_length` tokens and their images into `patch_rows` x `patch_row_length`.
 
-    A sequence that finds no room, or whose images find none, is left out as a whole (start -1). Raises ValueError
-    when one is longer than a row or an image larger than a vision row.
+    A sequence that finds no room, or whose images find none, is left out as a whole (start -1). An image that several
+    sequences hold (the same object) is packed, and computed, once. Raises ValueError when a sequence is longer than a
+    row or an image larger than a vision row.
     """
     unit = geometry.merge_unit
-    owners = [i for i, sequence in enumerate(sequences) for _ in sequence.images]
-    image_rows = first_fit(
-        [len(image.values) for sequence in sequences for image in sequence.images], patch_row_length, patch_rows
-    )
-    unplaced = {owner for owner, row in zip(owners, image_rows, strict=True) if row < 0}
-    fits = [i for i in range(len(sequences)) if i not in unplaced]
+    images = unique_images(sequences)
+    rows_of_images = first_fit([len(image.values) for image in images], patch_row_length, patch_rows)
+    image_row = {id(image): row for image, row in zip(images, rows_of_images, strict=True)}
+    fits = [i for i, sequence in enumerate(sequences) if all(image_row[id(image)] >= 0 for image in sequence.images)]
     text_rows = dict(zip(fits, first_fit([len(sequences[i]) for i in fits], row_length, rows), strict=True))
 
     tokens = np.full((rows, row_length), pad_token, np.int32)
@@ -320,30 +324,30 @@ def pack(
     window_segments = np.zeros((patch_rows, patch_row_length), np.int32)
     starts = np.full(len(sequences), -1, np.int32)
     used, count = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-    patches_used, images, windows = (np.zeros(patch_rows, np.int32) for _ in range(3))
+    patches_used, placed, windows = (np.zeros(patch_rows, np.int32) for _ in range(3))
 
-    image_row = iter(image_rows)
+    slots = {}  # by image: its merged patches
+    for image in unique_images([sequences[i] for i in fits if text_rows[i] >= 0]):
+        row = image_row[id(image)]
+        first, n = int(patches_used[row]), len(image.values)
+        there = slice(first, first + n)
+        placed[row] += 1
+        patches[row, there], patch_positions[row, there] = image.values, image.positions
+        image_segments[row, there] = placed[row]
+        window_segments[row, there] = image.windows + 1 + windows[row]
+        windows[row] += image.windows.max() + 1
+        slots[id(image)] = (row * patch_row_length + first) // unit + image.slots
+        patches_used[row] += n
+
     for i, sequence in enumerate(sequences):
-        placed_images = [next(image_row) for _ in sequence.images]
         row = text_rows.get(i, -1)
         if row < 0:
             continue
         at = slice(used[row], used[row] + len(sequence))
         count[row] += 1
         tokens[row, at], segments[row, at], positions[row, at] = sequence.tokens, count[row], sequence.positions
-        slots = []
-        for image, patch_row in zip(sequence.images, placed_images, strict=True):
-            first, n = int(patches_used[patch_row]), len(image.values)
-            there = slice(first, first + n)
-            images[patch_row] += 1
-            patches[patch_row, there], patch_positions[patch_row, there] = image.values, image.positions
-            image_segments[patch_row, there] = images[patch_row]
-            window_segments[patch_row, there] = image.windows + 1 + windows[patch_row]
-            windows[patch_row] += image.windows.max() + 1
-            slots.append((patch_row * patch_row_length + first) // unit + image.slots)
-            patches_used[patch_row] += n
-        if slots:
-            visual_index[row, at][sequence.is_visual] = np.concatenate(slots)
+        if sequence.images:
+            visual_index[row, at][sequence.is_visual] = np.concatenate([slots[id(each)] for each in sequence.images])
         starts[i] = row * row_length + used[row]
         used[row] += len(sequence)
     return Packed(

@@ -129,6 +129,8 @@ class Processor:
         is_visual = ids == self.image_pad
         return Sequence(ids, rope_positions(is_visual, [p.grid for p in images]), images, is_visual)
 
+    # An example often holds a picture twice: the query's is also a wrong answer. It becomes one object, packed once.
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (as above)
     def patches(self, image: bytes, name: str = "") -> Patches:
         """Decodes and cuts up an encoded image."""
         return patchify(decode_image(image, name or "image"), self.geometry)
