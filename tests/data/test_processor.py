@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import subprocess
@@ -250,3 +251,16 @@ def test_a_sequence_whose_image_finds_no_room_is_left_out_whole():
     packed = pack(sequences, GEOMETRY, rows=1, row_length=64, patch_rows=1, patch_row_length=64, pad_token=0)
     assert packed.starts.tolist() == [0, -1]
     assert (packed.inputs.segments > 0).sum() == len(sequences[0])
+
+
+def test_an_image_of_two_sequences_is_packed_once():
+    first, second = sequence(6, [(56, 28)], 1), sequence(4, [(56, 28)], 2)
+    again = dataclasses.replace(second, images=first.images)
+    apart = pack([first, second], GEOMETRY, rows=1, row_length=64, patch_rows=2, patch_row_length=64, pad_token=0)
+    shared = pack([first, again], GEOMETRY, rows=1, row_length=64, patch_rows=1, patch_row_length=32, pad_token=0)
+    assert (shared.starts == apart.starts).all() and shared.starts.min() >= 0
+    assert (apart.inputs.image_segments > 0).sum() == 2 * (shared.inputs.image_segments > 0).sum() == 64
+    index = shared.inputs.visual_index[0]
+    for start, one in zip(shared.starts, (first, again), strict=True):
+        placed = index[start : start + len(one)]
+        assert placed[one.is_visual].tolist() == first.images[0].slots.tolist()

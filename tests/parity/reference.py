@@ -3,13 +3,15 @@
 import pathlib
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests import tiny
 from trace_jax.data.processor import Patches
 from trace_jax.data.processor import Sequence as Tokens
-from trace_jax.model.architecture import Architecture
+from trace_jax.model.architecture import Architecture, VisionArchitecture
+from trace_jax.model.vision import normalize_pixels
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -42,17 +44,27 @@ def in_reading_order(values: np.ndarray, image: Patches) -> np.ndarray:
     return values.reshape(-1, unit, *values.shape[1:])[image.slots].reshape(values.shape)
 
 
-def image_arguments(sequences: Sequence[Tokens], merge: int = 2) -> dict:
+VISION = tiny.architecture().vision
+
+
+def normalized(image: Patches, vision: VisionArchitecture = VISION) -> np.ndarray:
+    """An image's patches as the encoder embeds them: [n, patch_dim] float32, in window order."""
+    return np.asarray(normalize_pixels(jnp.asarray(image.values), vision))
+
+
+def image_arguments(sequences: Sequence[Tokens], vision: VisionArchitecture = VISION) -> dict:
     """`pixel_values` and `image_grid_thw` of all images; empty without any."""
     images = [image for sequence in sequences for image in sequence.images]
     if not images:
         return {}
-    values = np.concatenate([in_reading_order(image.values, image) for image in images])
-    grids = [[1, merge * image.grid[0], merge * image.grid[1]] for image in images]
+    values = np.concatenate([in_reading_order(normalized(image, vision), image) for image in images])
+    grids = [[1, vision.merge_size * image.grid[0], vision.merge_size * image.grid[1]] for image in images]
     return {"pixel_values": torch.tensor(values), "image_grid_thw": torch.tensor(grids)}
 
 
-def padded_batch(sequences: Sequence[Tokens], *, left: bool, merge: int = 2) -> tuple[dict, np.ndarray]:
+def padded_batch(
+    sequences: Sequence[Tokens], *, left: bool, vision: VisionArchitecture = VISION
+) -> tuple[dict, np.ndarray]:
     """Sequences as the reference takes them, padded on one side; and which slots [batch, length] hold tokens."""
     length = max(map(len, sequences))
     tokens, mask = np.full((2, len(sequences), length), tiny.PAD, np.int64)
@@ -64,7 +76,7 @@ def padded_batch(sequences: Sequence[Tokens], *, left: bool, merge: int = 2) -> 
         "attention_mask": torch.tensor(mask),
         "mm_token_type_ids": torch.tensor((tokens == tiny.IMAGE).astype(np.int32)),
     }
-    return arguments | image_arguments(sequences, merge), mask.astype(bool)
+    return arguments | image_arguments(sequences, vision), mask.astype(bool)
 
 
 def run_hf(reference, sequence: Tokens) -> tuple[np.ndarray, np.ndarray]:

@@ -189,9 +189,9 @@ def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
     index = index[index >= 0]  # of visual tokens in reading order: where their merged patches are
 
     # what the reference computes
-    arguments, real = padded_batch(one.sequences, left=one.pad_left, merge=one.geometry.merge_size)
+    arguments, real = padded_batch(one.sequences, left=one.pad_left, vision=one.architecture.vision)
     expected, embeddings = {}, random_like(rng, len(slots), width)
-    images = image_arguments(one.sequences, one.geometry.merge_size)
+    images = image_arguments(one.sequences, one.architecture.vision)
     features = np.zeros((PATCH_ROWS * PATCH_UNITS * unit, one.architecture.vision.hidden_size), np.float32)
     with torch.no_grad():
         if images:

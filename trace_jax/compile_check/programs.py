@@ -128,10 +128,10 @@ def abstract_inputs(
 ) -> Inputs:
     """What the model reads, as shapes: `rows` and `patch_rows` of each of S `shards`."""
     text, vision = (rows, length), (patch_rows, patches)
-    shapes = [text, text, (*text, 3), text, (*vision, architecture.vision.patch_dim), (*vision, 2), vision, vision]
+    shapes = [text, text, (*text, 3), text, (*vision, architecture.vision.patch_pixels), (*vision, 2), vision, vision]
     return Inputs(
         *(
-            _split(mesh, (shards, *shape), jnp.float32 if name == "patches" else jnp.int32)
+            _split(mesh, (shards, *shape), jnp.uint8 if name == "patches" else jnp.int32)
             for name, shape in zip(Inputs._fields, shapes, strict=True)
         )
     )

@@ -1,5 +1,7 @@
 """Images and packing on the host, in numpy: resize, patches in window order, M-RoPE positions, packed rows.
 
+Pixels stay bytes: an eighth of what the normalised patches, with the frame repeated along time, would be to move.
+
 Follows Qwen2.5-VL's reference rules: sides are rounded to whole merge units within [min_pixels, max_pixels], patches
 are grouped in merge units of 2x2, units in attention windows, windows row by row. Everything that depends on the data
 is decided here, so that the compiled program sees static shapes only.
@@ -22,7 +24,6 @@ from trace_jax.data.schema import Inputs
 
 MOST_PIXELS = 80_000_000  # of an image file; above it, the file is taken for a decompression bomb
 LONGEST = 200  # the longer side over the shorter one; the reference's limit
-NORMALIZED = 48  # patches normalised at once
 # Not all that Pillow opens: a user's EPS would be run by Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 # How MP4, QuickTime, 3GP, Matroska, WebM, AVI, MPEG and Flash files begin.
@@ -35,19 +36,16 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How an image becomes patches. Sizes in pixels; `mean` and `std` per RGB channel of values in [0, 1].
+    """How an image becomes patches. Sizes in pixels.
 
     Raises ValueError for limits that no size can keep to.
     """
 
     patch_size: int = 14
-    temporal_patch_size: int = 2
     merge_size: int = 2
     window_size: int = 112
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 300 * 28 * 28
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         token = (self.patch_size * self.merge_size) ** 2
@@ -59,8 +57,8 @@ class Geometry:
 
     @property
     def patch_dim(self) -> int:
-        """Length of a flattened patch: channels x temporal x height x width."""
-        return 3 * self.temporal_patch_size * self.patch_size**2
+        """Bytes of a flattened patch: channels x height x width."""
+        return 3 * self.patch_size**2
 
     @property
     def merge_unit(self) -> int:
@@ -95,13 +93,10 @@ class Geometry:
             )
         return cls(
             patch_size=vision["patch_size"],
-            temporal_patch_size=vision["temporal_patch_size"],
             merge_size=vision["spatial_merge_size"],
             window_size=vision["window_size"],
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            mean=tuple(processor["image_mean"]),
-            std=tuple(processor["image_std"]),
         )
 
 
@@ -109,7 +104,7 @@ class Geometry:
 class Patches:
     """One image, ready for the vision encoder; n patches in window order."""
 
-    values: np.ndarray  # [n, patch_dim] float32
+    values: np.ndarray  # [n, patch_dim] uint8: a channel after the other; the model normalises them
     positions: np.ndarray  # [n, 2] int32: row and column in the patch grid
     windows: np.ndarray  # [n] int32: 0, 1, ... the attention window
     slots: np.ndarray  # [n / merge_unit] int32: for each visual token in reading order, its merged patch
@@ -218,7 +213,7 @@ def _window_order(rows: int, columns: int, geometry: Geometry) -> tuple[np.ndarr
 
 
 def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
-    """[height, width, 3] uint8 -> patches in window order, normalised, the frame repeated along time."""
+    """[height, width, 3] uint8 -> patches in window order."""
     height, width = fit_size(image.shape[0], image.shape[1], geometry)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
@@ -226,15 +221,8 @@ def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
     rows, columns = height // size // merge, width // size // merge
     positions, windows, slots = _window_order(rows, columns, geometry)
     grid = image.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
-    patches = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x] uint8: the one gather
-    mean, std = (np.repeat(np.asarray(x, np.float32), size * size)[None] for x in (geometry.mean, geometry.std))
-    values = np.empty((len(patches), 3, geometry.temporal_patch_size, size * size), np.float32)
-    for start in range(0, len(patches), NORMALIZED):  # a few at a time: what is between stays in the cache
-        pixels = patches[start : start + NORMALIZED].reshape(-1, 3 * size * size) / np.float32(255)
-        pixels -= mean
-        pixels /= std
-        values[start : start + NORMALIZED] = pixels.reshape(-1, 3, 1, size * size)
-    return Patches(values.reshape(len(patches), -1), positions, windows, slots, (rows, columns))
+    values = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x]: the one gather
+    return Patches(values.reshape(len(values), -1), positions, windows, slots, (rows, columns))
 
 
 def rope_positions(is_visual: np.ndarray, grids: SequenceOf[tuple[int, int]]) -> np.ndarray:
@@ -318,7 +306,7 @@ def pack(
     segments = np.zeros((rows, row_length), np.int32)
     positions = np.zeros((rows, row_length, 3), np.int32)
     visual_index = np.full((rows, row_length), -1, np.int32)
-    patches = np.zeros((patch_rows, patch_row_length, geometry.patch_dim), np.float32)
+    patches = np.zeros((patch_rows, patch_row_length, geometry.patch_dim), np.uint8)
     patch_positions = np.zeros((patch_rows, patch_row_length, 2), np.int32)
     image_segments = np.zeros((patch_rows, patch_row_length), np.int32)
     window_segments = np.zeros((patch_rows, patch_row_length), np.int32)

@@ -85,7 +85,7 @@ class Inputs(NamedTuple):
     segments: Array  # [S, R, L] int32; 1, 2, ... within a row; 0 is padding
     positions: Array  # [S, R, L, 3] int32: M-RoPE time, height, width; padding is 0
     visual_index: Array  # [S, R, L] int32: which merged patch of the shard (0 .. V*P/4 - 1) stands here; -1 is text
-    patches: Array  # [S, V, P, channels * temporal_patch * patch * patch] float32, normalised; padding is 0
+    patches: Array  # [S, V, P, channels * patch * patch] uint8; padding is 0
     patch_positions: Array  # [S, V, P, 2] int32: row and column in the image's patch grid
     image_segments: Array  # [S, V, P] int32: 1, 2, ... within a row, one an image; 0 is padding
     window_segments: Array  # [S, V, P] int32: 1, 2, ... within a row, one an attention window; 0 is padding

@@ -25,6 +25,8 @@ class VisionArchitecture:
     window_size: int = 112  # pixels
     in_channels: int = 3
     rope_theta: float = 10000.0
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of values in [0, 1]
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     @property
     def head_dim(self) -> int:
@@ -32,8 +34,13 @@ class VisionArchitecture:
         return self.hidden_size // self.num_heads
 
     @property
+    def patch_pixels(self) -> int:
+        """Bytes of a patch as it comes in: channels x height x width."""
+        return self.in_channels * self.patch_size**2
+
+    @property
     def patch_dim(self) -> int:
-        """Length of a flattened patch: channels x temporal x height x width."""
+        """Length of a patch as it is embedded: channels x temporal x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -100,6 +107,7 @@ class Architecture:
     def from_hf(cls, folder: str | pathlib.Path | epath.Path) -> "Architecture":
         """Reads `folder`/config.json: transformers 5's nested text_config, or the hub's flat layout.
 
+        How pixels are normalised is in preprocessor_config.json; where there is none, as all published checkpoints do.
         Raises FileNotFoundError when there is none, ValueError for another model type, a feature that Qwen2.5-VL's
         published checkpoints do not use, or a missing field.
         """
@@ -107,9 +115,13 @@ class Architecture:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; give the folder of a Hugging Face Qwen2.5-VL")
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            architecture = cls.from_dict(json.loads(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        processor = epath.Path(folder) / "preprocessor_config.json"
+        known = json.loads(processor.read_text()) if processor.exists() else {}
+        pixels = {name: tuple(known[name]) for name in ("image_mean", "image_std") if name in known}
+        return dataclasses.replace(architecture, vision=dataclasses.replace(architecture.vision, **pixels))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Architecture":

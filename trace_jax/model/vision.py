@@ -25,6 +25,18 @@ Array = jax.Array
 NORM_EPS = 1e-6  # fixed by the reference, not in config.json
 
 
+def normalize_pixels(patches: Array, architecture: VisionArchitecture) -> Array:
+    """[..., patch_pixels] uint8 -> [..., patch_dim] float32: normalised by channel, the frame repeated along time.
+
+    Of the reference's values up to the last bit, because XLA's division is not rounded as numpy's.
+    """
+    shape = patches.shape[:-1]
+    by_channel = (1,) * len(shape) + (architecture.in_channels, 1)
+    mean, std = (np.float32(x).reshape(by_channel) for x in (architecture.image_mean, architecture.image_std))
+    pixels = (patches.reshape(*shape, architecture.in_channels, -1).astype(jnp.float32) / np.float32(255) - mean) / std
+    return jnp.repeat(pixels[..., None, :], architecture.temporal_patch_size, axis=-2).reshape(*shape, -1)
+
+
 class VisionAttention(nnx.Module):
     """Multi-head attention with one fused projection and 2-D rotary embeddings."""
 
@@ -82,7 +94,7 @@ class VisionEncoder(nnx.Module):
         self.attention: Backend = attention
 
     def __call__(self, patches: Array, positions: Array, image_segments: Array, window_segments: Array) -> Array:
-        """[rows, P, patch_dim] float32, [rows, P, 2], [rows, P], [rows, P] int32 -> [rows, P, hidden].
+        """[rows, P, patch_pixels] uint8, [rows, P, 2], [rows, P], [rows, P] int32 -> [rows, P, hidden].
 
         Padding (segment 0) gives finite values that mean nothing.
         """
@@ -94,6 +106,6 @@ class VisionEncoder(nnx.Module):
             segments = jnp.where(is_full, image_segments, window_segments)
             return block(x, rotary, segments, self.attention), None
 
-        x = sharding.gathered(self.patch_embed, "vision/patch_embed")(patches)
+        x = sharding.gathered(self.patch_embed, "vision/patch_embed")(normalize_pixels(patches, architecture))
         run = {"path": "vision/blocks", "scan": self.scan_layers, "remat": self.remat}
         return run_layers(body, x, self.blocks, full, **run)[0]
