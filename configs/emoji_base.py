@@ -40,7 +40,6 @@ config = Config(
         patch_row_length=64,
         min_pixels=14 * 14,
         max_pixels=56 * 56,
-        jitter=0.1,
         weights={
             f"{what} {subject}".strip(): share for what, shares in READ.items() for subject, share in shares.items()
         },

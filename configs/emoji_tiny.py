@@ -23,7 +23,6 @@ config = Config(
         patch_row_length=64,
         min_pixels=14 * 14,
         max_pixels=56 * 56,
-        jitter=0.1,
         max_text_tokens=64,
         # Pictures are harder to tell apart than texts; questions and captioned pictures are easier, or costlier.
         weights={"t2i": 2, "i2i": 2, "it2i": 2, "i2t": 1.5, "t2t": 0.6, "t2it": 0.8, "it2t": 0.8, "it2it": 0.8},

@@ -53,6 +53,7 @@ def tiny_config(tmp_path_factory) -> Config:
             max_pixels=56 * 56,
             max_text_tokens=64,
             max_trace_tokens=48,
+            jitter=0.1,
         ),
         loss=Loss(vocabulary_chunk=64),
         optimizer=Optimizer(learning_rate=1e-3, warmup_steps=2),

@@ -54,7 +54,7 @@ class Data:
     batch_size: int = 1024  # pairs, over all devices
     row_length: int = 2048  # L: tokens of a packed row; also the longest sequence
     rows: int = 0  # R: packed rows of a shard; 0 measures the first batches
-    patch_row_length: int = 1024  # P: patches of a vision row; also the largest image
+    patch_row_length: int = 1280  # P: patches of a vision row; also the largest image
     patch_rows: int = 0  # V: vision rows of a shard; 0 measures the first batches
     prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused

@@ -109,3 +109,13 @@ def test_generative_examples_close_with_the_end_of_the_turn(tiny_config, process
     batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=1).batches[0]
     assert (batch.document_index == -1).all()
     assert (batch.target_token == processor.end).sum() == (batch.query_index >= 0).sum()
+
+
+def test_what_fits_no_row_is_refused_by_name(tiny_config, processor):
+    def changed(**data):
+        return dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, **data))
+
+    with pytest.raises(ValueError, match=r"^\d+:\d+: \d+ tokens are over --data.row-length 16; raise it"):
+        training_batches(changed(row_length=16), processor, shards=1)
+    with pytest.raises(ValueError, match="images of 64 patches, over --data.patch-row-length 32"):
+        Processor.from_hf(tiny_config.model.base, changed(patch_row_length=32).data)

@@ -149,7 +149,10 @@ def _endless(source: Any, seed: int, name: str, draw: Callable) -> grain.MapData
 
 
 def tokenize(example: Example, processor: Processor, config: Config) -> Tokenized:
-    """Turns an example into sequences and targets; the closing token is <|emb|>, or <|im_end|> without a document."""
+    """Turns an example into sequences and targets; the closing token is <|emb|>, or <|im_end|> without a document.
+
+    Raises ValueError for a sequence that is longer than a row, naming the example.
+    """
     if example.document is None:
         system = instructions.assistant_prompt(processor.prompts)
         prompt = processor.chat(system, example.query.text, example.query.image, example.name)
@@ -159,8 +162,15 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
         wanted = [example.document, *(negative for negative, _ in example.negatives)]
         closing, documents = processor.emb, [processor.document(each, example.name) for each in wanted]
     trace = processor.encode(example.target)[: config.data.max_trace_tokens] if example.target else []
+    query = append(prompt, trace)
+    longest = max(map(len, (query, *documents)))
+    if longest > config.data.row_length:
+        raise ValueError(
+            f"{example.name}: {longest} tokens are over --data.row-length {config.data.row_length}; raise it, or lower "
+            "--data.max-text-tokens, --data.max-trace-tokens or --data.max-pixels"
+        )
     supervised = bool(trace) or config.loss.supervise_emb
-    return Tokenized(example, append(prompt, trace), len(prompt), [*trace, closing] if supervised else [], documents)
+    return Tokenized(example, query, len(prompt), [*trace, closing] if supervised else [], documents)
 
 
 def pack_batch(

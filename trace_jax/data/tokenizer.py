@@ -53,13 +53,19 @@ class Processor:
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
         """Loads the tokenizer of a Hugging Face folder, local or remote, and adds `<|emb|>` as its next token.
 
-        Raises FileNotFoundError where there is no such folder.
+        Raises FileNotFoundError where there is no such folder, ValueError where the largest image fits no vision row.
         """
         if not (epath.Path(folder) / "config.json").exists():
             raise FileNotFoundError(f"no Hugging Face model in {folder} (--model.base): it has no config.json")
         with local_files(folder) as local:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(local))
             geometry = Geometry.from_hf(local, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+        largest = data.max_pixels // (geometry.patch_size * geometry.merge_size) ** 2 * geometry.merge_unit
+        if largest > data.patch_row_length:
+            raise ValueError(
+                f"--data.max-pixels {data.max_pixels} allows images of {largest} patches, over --data.patch-row-length "
+                f"{data.patch_row_length}: raise this or lower that"
+            )
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
         return cls(tokenizer, geometry, data.prompts, data.max_text_tokens)
 
