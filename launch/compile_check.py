@@ -15,8 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 # The compiler works without a TPU, beside others of its kind; all else runs on the CPU.
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
-from trace_jax import config
-from trace_jax.compile_check import chips, report
+from trace_jax import chips, config
+from trace_jax.compile_check import report
 from trace_jax.retrieval import program
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from trace_jax.data.schema import Example, Query
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters
-from trace_jax.training.losses import hybrid_loss, read_out
+from trace_jax.training.losses import SCALE, hybrid_loss, loss_parameters, read_out
 
 ASSETS = "trace_jax/assets"
 
@@ -122,7 +122,9 @@ def test_devices_of_several_slices_are_told_apart():
 
 PAIRS = 8
 CONFIG = Config(
-    name="mesh", data=Data(row_length=64, patch_row_length=64, max_positives=2), loss=Loss(vocabulary_chunk=8)
+    name="mesh",
+    data=Data(row_length=64, patch_row_length=64, max_positives=2),
+    loss=Loss(vocabulary_chunk=8, learn_temperature=True, both_directions=True),
 )
 
 
@@ -142,7 +144,7 @@ def pairs() -> list[Tokenized]:
 
 @functools.cache
 def loss_and_gradients(mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
-    """Of the hybrid loss, for every parameter, on as many devices as the mesh needs."""
+    """Of the hybrid loss, for every parameter and the temperature, on as many devices as the mesh needs."""
     count = mesh.slice * mesh.data * mesh.fsdp * mesh.tensor
     devices = sharding.make_mesh(mesh, jax.devices()[:count])
     shards = sharding.data_shards(devices)
@@ -159,13 +161,16 @@ def loss_and_gradients(mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
         path: jax.device_put(leaf[...], sharding.sharding_of(path, leaf.shape, devices))
         for path, leaf in flat_parameters(model).items()
     }
+    split |= loss_parameters(CONFIG.loss, sharding.replicated(devices))
 
     def loss(split, batch):
+        split, scale = dict(split), split[SCALE]
+        del split[SCALE]
         leaves = nnx.from_flat_state([(tuple(path.split("/")), leaf) for path, leaf in split.items()])
         model = nnx.merge(graph, leaves)
         head = model.head()
         out = read_out(model(batch.inputs), head, batch, tiny.EMB, CONFIG.loss)
-        return hybrid_loss(out, batch, head.row_of(tiny.EMB), CONFIG.loss)[0]
+        return hybrid_loss(out, batch, head.row_of(tiny.EMB), CONFIG.loss, scale)[0]
 
     with jax.set_mesh(devices):
         value, gradients = jax.jit(jax.value_and_grad(loss))(split, sharding.to_devices(batch, devices))

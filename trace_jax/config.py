@@ -74,7 +74,12 @@ class Loss:
 
     generation: float = 1.0
     retrieval: float = 1.0
-    temperature: float = 0.05
+    temperature: float = 0.05  # of InfoNCE; its start, where it is learned
+    learn_temperature: bool = False  # the logarithm of its inverse trains; it never falls below 0.01, as in CLIP
+    both_directions: bool = False  # InfoNCE also from document to query: L_ret is the mean of the two
+    # Where both losses read one state, the one before <|emb|>, L_gen does not pull on it: the emission of <|emb|> then
+    # trains its row of the head alone, and L_ret alone forms the embedding. To test whether the two losses conflict.
+    detach_emission: bool = False
     supervise_emb: bool = True  # the emission of <|emb|> is a target also when there is no trace
     vocabulary_chunk: int = 1024  # supervised tokens whose logits exist at once
 
@@ -113,6 +118,12 @@ class Training:
     checkpoint_every: int = 100
     checkpoint_minutes: float = 15.0
     keep: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # beside those at steps that this divides; 0: none
+    validate_every: int = 0  # steps between looks at the validation split; 0: never
+    validation_batches: int = 4
+    spike: float = 10.0  # a loss so many times its running median stops the run; 0: only one that is no number
+    profile: tuple[int, int] | None = None  # first and last step of a window for JAX's profiler
+    wandb: str = ""  # a Weights & Biases project to log to as well
     prefetch: int = 4  # batches made ahead
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from trace_jax.compile_check import chips
+from trace_jax import chips
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs requirements-tpu.txt")
 
@@ -19,8 +19,8 @@ import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests import tiny
 from tests.compile_check.test_flops import CONFIG, replaced
-from trace_jax import sharding
-from trace_jax.compile_check import chips, programs, report
+from trace_jax import chips, sharding
+from trace_jax.compile_check import programs, report
 from trace_jax.model.attention import attention
 
 programs.read_architecture = lambda config: tiny.architecture()
@@ -83,7 +83,7 @@ def test_splash_needs_less_memory_than_xla(compiled):
 
 
 def test_without_the_compiler_the_error_says_what_to_install():
-    code = "from trace_jax.compile_check import chips; chips.find_topology('v5p:2x2x4')"
+    code = "from trace_jax import chips; chips.find_topology('v5p:2x2x4')"
     hidden = f"import sys; sys.modules['libtpu'] = None; {code}"
     environment = {**os.environ, "TPU_LIBRARY_PATH": "/nowhere/libtpu.so", "PYTHONPATH": ".", "JAX_PLATFORMS": "cpu"}
     ran = subprocess.run([sys.executable, "-c", hidden], env=environment, capture_output=True, text=True, check=False)

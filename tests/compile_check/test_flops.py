@@ -10,6 +10,7 @@ from tests import tiny
 from trace_jax import sharding
 from trace_jax.compile_check import flops, programs, report
 from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, load_config
+from trace_jax.model.flops import model_flops
 
 CONFIG = Config(
     name="tiny",
@@ -66,7 +67,7 @@ def test_a_step_does_little_more_than_the_model_needs(remat, most):
     )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
     capacity = programs.capacity_of(config, architecture, 4)
-    needed = sum(flops.model_flops(architecture, config, capacity, 4).values())
+    needed = sum(model_flops(architecture, config, capacity, 4).values())
     done = flops.program_flops(programs.train_program(config, architecture, mesh).trace(mesh).jaxpr)
     assert 1.0 <= done / needed <= most
 

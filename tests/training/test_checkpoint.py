@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import logging
 import pathlib
 import shutil
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from trace_jax.training.checkpoint import CheckpointError, Checkpoints
+from trace_jax.config import ROOT, to_json
+from trace_jax.training.checkpoint import CheckpointError, Checkpoints, code_version
 
 
 def trainable(value):
@@ -74,6 +76,23 @@ def test_a_harmed_checkpoint_gives_way_to_the_one_before(saved, harm, caplog):
         step, restored = restore(saved)
     assert step == 1 and restored["optimizer"]["count"] == 1
     assert "cannot be read" in caplog.text and "2" in caplog.text
+    assert newest.exists()  # who only reads removes nothing
+
+
+def test_training_on_replaces_a_harmed_checkpoint(saved):
+    shutil.rmtree(folder(saved, 2) / "trainable")
+    checkpoints = Checkpoints(saved, "base A")
+    assert checkpoints.restore(trainable=trainable(0), optimizer=optimizer(0))[0] == 1
+    checkpoints.save(2, trainable(7), optimizer(2), wait=True)
+    checkpoints.close()
+    assert (restore(saved)[1]["trainable"]["kernel"] == 7).all()
+
+
+def test_a_checkpoint_says_which_code_and_configuration_wrote_it(saved):
+    (file,) = (folder(saved, 2) / "meta").glob("metadata*")
+    meta = json.loads(file.read_text())
+    assert meta["config"] == to_json(saved) and meta["code"] == code_version()
+    assert len(meta["code"]["sources"]) == 16 and (meta["code"]["commit"] or not (ROOT / ".git").exists())
 
 
 def test_another_model_is_refused(saved):
@@ -92,10 +111,11 @@ def test_no_room_is_said_before_anything_is_written(saved, monkeypatch):
     assert not folder(saved, 3).exists()
 
 
-def test_only_the_newest_are_kept(fresh_config):
-    config = dataclasses.replace(fresh_config, training=dataclasses.replace(fresh_config.training, keep=2))
-    checkpoints = Checkpoints(config, "base A")
-    for step in range(1, 5):
+@pytest.mark.parametrize(("keep_every", "left"), [(0, ["6", "7"]), (3, ["3", "6", "7"])])
+def test_the_newest_are_kept_and_every_nth(fresh_config, keep_every, left):
+    training = dataclasses.replace(fresh_config.training, keep=2, keep_every=keep_every)
+    checkpoints = Checkpoints(dataclasses.replace(fresh_config, training=training), "base A")
+    for step in range(1, 8):
         checkpoints.save(step, trainable(step), optimizer(step), wait=True)
     checkpoints.close()
-    assert sorted(path.name for path in checkpoints.folder.iterdir() if path.name.isdigit()) == ["3", "4"]
+    assert sorted(path.name for path in checkpoints.folder.iterdir() if path.name.isdigit()) == left

@@ -16,7 +16,9 @@ from trace_jax.training.metrics import read_metrics
 def configured(config: Config, folder, steps: int) -> Config:
     training = dataclasses.replace(config.training, steps=steps, checkpoint_every=100)
     data = dataclasses.replace(config.data, weights=load_config("emoji_tiny").data.weights)
-    return dataclasses.replace(config, workdir=str(folder), training=training, data=data, mesh=Mesh(4, 2, 1))
+    loss = dataclasses.replace(config.loss, learn_temperature=True, both_directions=True)
+    workdir = str(folder)
+    return dataclasses.replace(config, workdir=workdir, training=training, data=data, loss=loss, mesh=Mesh(4, 2, 1))
 
 
 def launch(config: Config, processes: int) -> list:

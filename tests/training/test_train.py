@@ -2,7 +2,10 @@
 
 import dataclasses
 import os
+import pathlib
 import signal
+import sys
+import types
 
 import jax
 import numpy as np
@@ -10,12 +13,24 @@ import optax
 import pytest
 
 from trace_jax import sharding
-from trace_jax.config import Mesh
+from trace_jax.chips import CHIPS
+from trace_jax.config import Mesh, to_json
+from trace_jax.data.builders import mbeir
 from trace_jax.data.pipeline import training_batches
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
 from trace_jax.training import metrics
-from trace_jax.training.train import TrainState, load_model, make_train_step, split_model, train
+from trace_jax.training.losses import SCALE, Mean, loss_parameters
+from trace_jax.training.train import (
+    TrainState,
+    host_batches,
+    load_model,
+    make_train_step,
+    make_validation,
+    restore_model,
+    split_model,
+    train,
+)
 
 
 def replace(config, **training):
@@ -24,6 +39,14 @@ def replace(config, **training):
 
 def losses(config):
     return {row["step"]: row["loss"] for row in metrics.read_metrics(config.run_dir)}
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tiny_config):
+    """The experiment in miniature with every part of the loss."""
+    return dataclasses.replace(
+        tiny_config, loss=dataclasses.replace(tiny_config.loss, learn_temperature=True, both_directions=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +63,11 @@ def test_losses_fall_and_every_part_is_logged(straight):
     assert rows[-1]["loss"] < rows[0]["loss"]
     wanted = {"loss_gen", "loss_ret", "recall_in_batch", "emb_first", "routing_accuracy", "emb_cosine"}
     wanted |= {"tokens_per_second", "examples_per_second", "learning_rate", "gradient_norm", "dropped"}
+    wanted |= {"temperature", "step_seconds", "data_wait"}
     assert wanted <= set(rows[0])
     assert all(row["dropped"] == 0 for row in rows)
+    learned = [row["temperature"] for row in rows]
+    assert learned[0] == pytest.approx(straight.loss.temperature) and len(set(learned)) > 1
 
 
 def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, fresh_config, monkeypatch):
@@ -77,16 +103,110 @@ def test_every_mesh_gives_the_same_losses(straight, fresh_config, mesh):
     np.testing.assert_allclose([ours[s] for s in theirs], list(theirs.values()), rtol=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(fresh_config, monkeypatch):
-    from trace_jax.training import losses as module
+def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint_and_keeps_its_batch(fresh_config, monkeypatch):
+    from trace_jax.training import train as module
 
-    monkeypatch.setattr(module, "normalize", lambda states: states * jax.numpy.float32(np.nan))
-    with pytest.raises(FloatingPointError, match="not a number at step 1"):
-        train(fresh_config)
+    real, moved = sharding.to_devices, []
+
+    def to_devices(batch, mesh):
+        moved.append(batch)
+        if len(moved) == 3:
+            batch.inputs.patches[:] = np.nan
+        return real(batch, mesh)
+
+    monkeypatch.setattr(module.sharding, "to_devices", to_devices)
+    config = replace(fresh_config, checkpoint_every=1, log_every=2, keep=9)
+    with pytest.raises(FloatingPointError, match=r"not a number at step 3\..*bad_batch_3\.npz.*'names'"):
+        train(config)
+    run = pathlib.Path(config.run_dir)
+    assert sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == [1, 2]
+    saved = np.load(run / "bad_batch_3.npz")
+    assert np.isnan(saved["patches"]).all() and (saved["tokens"] == moved[2].inputs.tokens).all()
+    source = mbeir.load_queries(pathlib.Path(config.data.root) / config.data.release, "train")
+    tasks = dict(zip(source.keys, source.tasks, strict=True))
+    assert saved["names"].shape == saved["task"].shape
+    assert [tasks[name] for name in saved["names"].flat] == saved["task"].reshape(-1).tolist()
 
 
-@pytest.mark.parametrize(("shards", "chunks"), [(1, 4), (2, 2), (4, 1)])
-def test_gradient_caching_gives_the_gradient_of_the_whole_batch(tiny_config, shards, chunks):
+def test_validation_is_of_the_same_batches_each_time_and_changes_nothing(straight, fresh_config):
+    config = replace(fresh_config, steps=6, log_every=2, validate_every=3, validation_batches=2)
+    train(config)
+    rows = {row["step"]: row for row in metrics.read_metrics(config.run_dir)}
+    assert {step for step, row in rows.items() if "val_loss" in row} == {3, 6} and set(rows) == {2, 3, 4, 6}
+    wanted = {"val_loss_gen", "val_loss_ret", "val_recall_in_batch", "val_routing_accuracy"}
+    assert wanted <= set(rows[6]) and rows[6]["val_loss"] < rows[3]["val_loss"]
+    assert losses(config)[3] == losses(straight)[3]
+    processor, mesh = Processor.from_hf(config.model.base, config.data), sharding.make_mesh(config.mesh)
+    restored = restore_model(config, processor, mesh)
+    graph, trainable, frozen = split_model(restored[1], config.model.trainable)
+    scale = {SCALE: np.float32(-np.log(rows[6]["val_temperature"]))}
+    again = make_validation(graph, processor, config, mesh)(trainable | scale, frozen)
+    for name in wanted:
+        assert again[name] == pytest.approx(rows[6][name], abs=1e-5)
+    pipeline = host_batches(config, processor, mesh, split="val")
+    assert not set(pipeline.names(0).flat) & set(host_batches(config, processor, mesh).names(0).flat)
+
+
+def a_step():
+    return {"loss": Mean(np.float32(3.0), np.float32(2.0)), "tokens": Mean(np.float32(8.0), np.float32(1.0))}
+
+
+def test_speeds_are_of_the_steps_alone(fresh_config, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    device = types.SimpleNamespace(device_kind="TPU v5 lite", memory_stats=lambda: {"peak_bytes_in_use": 2**29})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device, device])
+    log = metrics.MetricLog(fresh_config, 0, 8 * CHIPS["v5e"].bf16_flops)  # a second at the peak of eight chips
+    for _ in range(2):
+        with log.waiting():
+            clock[0] += 0.5
+        clock[0] += 1.5
+        log.add(a_step())
+    with log.aside():
+        clock[0] += 10
+    row = log.write(2, {})
+    log.close()
+    assert (row["loss"], row["step_seconds"], row["data_wait"], row["memory_gib"]) == (1.5, 2.0, 0.25, 0.5)
+    assert (row["tokens_per_second"], row["examples_per_second"], row["mfu"]) == (4.0, 8.0, 0.5)
+
+
+def test_the_profile_is_of_its_window(fresh_config, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", traced.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
+    config = replace(fresh_config, steps=3, profile=(2, 3))
+    train(config)
+    assert traced == [f"{config.run_dir}/profile", "stop"]
+    with pytest.raises(ValueError, match=r"profile \(2, 9\): the window must lie in steps 1 to 3"):
+        train(replace(dataclasses.replace(fresh_config, workdir=fresh_config.workdir + "_2"), steps=3, profile=(2, 9)))
+
+
+def test_weights_and_biases_by_switch(fresh_config, monkeypatch):
+    said = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: (
+        said.append(options)
+        or types.SimpleNamespace(log=lambda row, step: said.append((step, row)), finish=lambda: said.append("finish"))
+    )
+    config = replace(fresh_config, wandb="trace")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        metrics.MetricLog(config, 0, 1.0)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = metrics.MetricLog(config, 0, 1.0)
+    log.add(a_step())
+    log.write(1, {"learning_rate": 0.5})
+    log.close()
+    assert said[0]["project"] == "trace" and said[0]["config"] == to_json(config) and said[0]["resume"] == "allow"
+    step, row = said[1]
+    assert step == 1 and row["loss"] == 1.5 and row["learning_rate"] == 0.5 and said[2] == "finish"
+
+
+@pytest.mark.parametrize(("shards", "chunks", "detached"), [(1, 4, False), (2, 2, True), (4, 1, False)])
+def test_gradient_caching_gives_the_gradient_of_the_whole_batch(tiny_config, shards, chunks, detached):
+    loss = dataclasses.replace(tiny_config.loss, detach_emission=detached)
+    tiny_config = dataclasses.replace(tiny_config, loss=loss)
+
     def step(shards, chunks):
         """Parameters after a step of plain descent, minus the gradient; losses; supervised tokens."""
         data = dataclasses.replace(tiny_config.data, hard_negatives=1)
@@ -98,6 +218,7 @@ def test_gradient_caching_gives_the_gradient_of_the_whole_batch(tiny_config, sha
             if path.endswith("lora_b"):  # zeros would hide the gradient of lora_a
                 leaf[...] = jax.device_put(0.05 * np.random.default_rng(0).normal(size=leaf.shape), leaf.sharding)
         graph, trainable, frozen = split_model(model, config.model.trainable)
+        trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
         pipeline = training_batches(config, processor, shards=shards * chunks)
         batch = pipeline.batches[0]
         assert (batch.query_index >= 0).sum() == config.data.batch_size

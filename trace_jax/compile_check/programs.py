@@ -13,14 +13,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
-from trace_jax.compile_check import flops
 from trace_jax.config import ROOT, Config
 from trace_jax.data.pipeline import Capacity
 from trace_jax.data.schema import Batch, Inputs
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.flops import forward_flops
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters
 from trace_jax.retrieval import generation
+from trace_jax.training.losses import loss_parameters
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import TrainState, make_train_step, split_model, state_shardings
 
@@ -148,8 +149,11 @@ def train_program(config: Config, architecture: Architecture, mesh: jax.sharding
     capacity, data = capacity_of(config, architecture, shards), config.data
     model = abstract_model(config, architecture, mesh)
     graph, trainable, frozen = split_model(model, config.model.trainable)
+    whole = sharding.replicated(mesh)
+    learned = jax.eval_shape(lambda: loss_parameters(config.loss, None))
+    trainable |= {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole) for name, leaf in learned.items()}
     optimizer = make_optimizer(config.optimizer, config.training.steps)
-    shardings = state_shardings(optimizer, trainable, sharding.replicated(mesh))
+    shardings = state_shardings(optimizer, trainable, whole)
     opt_state = jax.tree.map(
         lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
         jax.eval_shape(optimizer.init, trainable),
@@ -237,6 +241,6 @@ def generation_flops(config: Config, architecture: Architecture, name: str) -> f
     rows, prompt = config.evaluation.batch_size, prompt_length(config, architecture)
     if name == "decode":
         seen = prompt + config.evaluation.max_trace_tokens / 2
-        return flops.forward_flops(architecture, tokens=rows, seen=seen, heads=rows)
+        return forward_flops(architecture, tokens=rows, seen=seen, heads=rows)
     patches = rows * config.data.patch_row_length
-    return flops.forward_flops(architecture, tokens=rows * prompt, seen=prompt / 2, heads=rows, patches=patches)
+    return forward_flops(architecture, tokens=rows * prompt, seen=prompt / 2, heads=rows, patches=patches)

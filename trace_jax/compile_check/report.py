@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from trace_jax import sharding
+from trace_jax.chips import GIB, Chip, find_topology
 from trace_jax.compile_check import flops, hlo, programs
-from trace_jax.compile_check.chips import GIB, Chip, find_topology
 from trace_jax.compile_check.programs import Program
 from trace_jax.config import Config
+from trace_jax.model.flops import model_flops
 
 KINDS = ("train", "prefill", "decode")
 ASSUMPTIONS = (
@@ -72,7 +73,7 @@ def check(config: Config, topology: str, *, slices: int = 1, kinds: Sequence[str
         mesh = sharding.make_mesh(config.mesh, devices)
         shards = sharding.data_shards(mesh)
         capacity = programs.capacity_of(config, architecture, shards)
-        needed = flops.model_flops(architecture, config, capacity, shards)
+        needed = model_flops(architecture, config, capacity, shards)
         program = programs.train_program(config, architecture, mesh)
         reports.append(
             compile_program(program, mesh, chip, config, model_flops=sum(needed.values()), shapes=str(capacity))

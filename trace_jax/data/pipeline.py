@@ -5,8 +5,11 @@ hosts, so the step number alone is the data position. Each task is shuffled anew
 by weight (the paper's task-aware sampling), so every batch holds the same share of each.
 """
 
+import bisect
 import collections
 import dataclasses
+import functools
+import itertools
 import json
 import math
 import pathlib
@@ -49,10 +52,15 @@ class Tokenized:
     targets: list[int]  # what the states from the prompt's last token on shall predict; empty: not supervised
     documents: list[Sequence]  # the answer, then hard negatives; none in the generative pretraining
 
-    @property
-    def size(self) -> int:
-        """Tokens and patches: what the pair costs."""
-        return sum(len(s) + sum(len(image.values) for image in s.images) for s in self.sequences)
+    @functools.cached_property
+    def tokens(self) -> int:
+        """Of query and documents."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @functools.cached_property
+    def patches(self) -> int:
+        """Of all their images."""
+        return sum(len(image.values) for sequence in self.sequences for image in sequence.images)
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -60,14 +68,16 @@ class Tokenized:
         return [self.query, *self.documents]
 
 
-def retrieval_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]:
-    """The training pairs of each task of a release in M-BEIR's layout, shuffled and repeated without end.
+def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain.MapDataset]:
+    """The pairs of each task of a release in M-BEIR's layout, shuffled and repeated without end.
 
-    Every draw takes a random positive, random hard negatives and one of the four instructions, as M-BEIR trains.
+    `split` is "train" or "val". Every draw takes a random positive, random hard negatives and one of the four
+    instructions, as M-BEIR trains.
     """
     folder = pathlib.Path(config.data.root) / config.data.release
-    queries = mbeir.load_queries(folder, "train")
-    candidates = mbeir.load_candidates(folder, mbeir.TRAIN_POOL)
+    files, pools = _files(folder, split)
+    queries = [mbeir.load_queries(folder, file) for file in files]
+    candidates = _Joined([mbeir.load_candidates(folder, pool) for pool in pools])
     place = {did: row for row, did in enumerate(candidates.keys)}
     prompts = mbeir.load_instructions(folder)
 
@@ -96,16 +106,30 @@ def retrieval_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]
         )
 
     rows = collections.defaultdict(list)
-    for row, task in enumerate(queries.tasks):
+    for row, task in enumerate(itertools.chain.from_iterable(source.tasks for source in queries)):
         rows[TASKS[task]].append(row)
-    return {name: _endless(_Rows(queries, at), seed, name, draw) for name, at in rows.items()}
+    joined = _Joined(queries)
+    return {name: _endless(_Rows(joined, at), seed, name, draw) for name, at in rows.items()}
 
 
-def generative_examples(config: Config, seed: int) -> dict[str, grain.MapDataset]:
+def _files(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:
+    """The query files of a split, and the pools that hold their candidates."""
+    if split == "train":
+        return [split], [mbeir.TRAIN_POOL]
+    files = sorted(path.stem for path in (folder / "release" / "query" / split).glob("*.jsonl"))
+    if not files:
+        raise ValueError(f"{folder}: the release has no queries of the split {split!r}; set validate_every to 0")
+    pools = folder / "release" / "cand_pool" / "local"
+    own = {file: f"{file}_cand_pool" for file in files}  # MSCOCO has a pool for each split, the others one for all
+    shared = {file: f"{file.removesuffix(f'_{split}')}_cand_pool" for file in files}
+    return files, sorted({own[f] if (pools / f"{own[f]}.jsonl").exists() else shared[f] for f in files})
+
+
+def generative_examples(config: Config, split: str, seed: int) -> dict[str, grain.MapDataset]:
     """The prompts and responses of each kind in the release's generative corpus, shuffled and repeated."""
     release = pathlib.Path(config.data.root) / config.data.release / "release"
     kinds = collections.defaultdict(list)
-    with (release / "generative" / "train.jsonl").open() as lines:
+    with (release / "generative" / f"{split}.jsonl").open() as lines:
         for line in lines:
             record = json.loads(line)
             kinds[record["kind"]].append(record)
@@ -129,10 +153,26 @@ def _picture(image: bytes | None, seed: int, config: Config, name: str) -> bytes
     return augmentation.jitter(image, rng, config.data.jitter, name)
 
 
+class _Joined:
+    """Random-access sources one after another."""
+
+    def __init__(self, sources: SequenceOf[mbeir.Source]) -> None:
+        self._sources, self._ends = sources, list(itertools.accumulate(len(source) for source in sources))
+
+    @property
+    def keys(self) -> Iterator[str]:
+        """The id of every record."""
+        return itertools.chain.from_iterable(source.keys for source in self._sources)
+
+    def __getitem__(self, index: int) -> Any:
+        which = bisect.bisect_right(self._ends, index)
+        return self._sources[which][index - (self._ends[which - 1] if which else 0)]
+
+
 class _Rows:
     """Some rows of a random-access source."""
 
-    def __init__(self, source: mbeir.Source, rows: list[int]) -> None:
+    def __init__(self, source: _Joined, rows: list[int]) -> None:
         self._source, self._rows = source, rows
 
     def __len__(self) -> int:
@@ -177,18 +217,24 @@ def pack_batch(
     examples: SequenceOf[Tokenized], shards: int, capacity: Capacity, processor: Processor, config: Config
 ) -> Batch:
     """Deals examples to shards and packs each shard. A pair that finds no room is left out (index -1)."""
-    parts = [_pack_shard(hand, capacity, processor, config) for hand in _deal(examples, shards)]
+    parts = [_pack_shard(hand, capacity, processor, config) for hand in deal(examples, shards)]
     fields = {name: np.stack([part[name] for part in parts]) for name in parts[0] if name != "inputs"}
     return Batch(inputs=stack_shards([part["inputs"] for part in parts]), **fields)
 
 
-def _deal(examples: SequenceOf[Any], shards: int) -> list[list[Tokenized]]:
-    """Deals by size, largest first, back and forth, so that no device idles on rows poor in images or text."""
-    by_size = sorted(range(len(examples)), key=lambda i: (-examples[i].size, i))
+def deal(examples: SequenceOf[Tokenized], shards: int) -> list[list[Tokenized]]:
+    """Deals a batch so that the shards have alike numbers of pairs, of patches and of tokens.
+
+    In rounds, those with the most patches first; within a round the longest goes to the hand with the fewest tokens.
+    """
+    order = sorted(range(len(examples)), key=lambda i: (-examples[i].patches, -examples[i].tokens, i))
     hands: list[list[Tokenized]] = [[] for _ in range(shards)]
-    for turn, i in enumerate(by_size):
-        round_, seat = divmod(turn, shards)
-        hands[shards - 1 - seat if round_ % 2 else seat].append(examples[i])
+    held = [0] * shards
+    for start in range(0, len(order), shards):
+        longest = sorted(order[start : start + shards], key=lambda i: (-examples[i].tokens, i))
+        for hand, i in zip(sorted(range(shards), key=lambda hand: (held[hand], hand)), longest, strict=False):
+            hands[hand].append(examples[i])
+            held[hand] += examples[i].tokens
     return hands
 
 
@@ -250,7 +296,7 @@ def measure_capacity(examples: grain.MapDataset, shards: int, config: Config) ->
     data = config.data
     rows = patch_rows = targets = 1
     for batch in range(MEASURED_BATCHES):
-        for hand in _deal([examples[batch * data.batch_size + i] for i in range(data.batch_size)], shards):
+        for hand in deal([examples[batch * data.batch_size + i] for i in range(data.batch_size)], shards):
             sequences = [sequence for item in hand for sequence in item.sequences]
             images = [len(image.values) for image in unique_images(sequences)]
             rows = max(rows, 1 + max(first_fit([len(sequence) for sequence in sequences], data.row_length)))
@@ -259,18 +305,25 @@ def measure_capacity(examples: grain.MapDataset, shards: int, config: Config) ->
     chunk = config.loss.vocabulary_chunk
     return Capacity(
         pairs=data.batch_size // shards,
-        rows=data.rows or math.ceil(rows * SLACK),
-        patch_rows=data.patch_rows or math.ceil(patch_rows * SLACK),
+        rows=data.rows or round(rows * SLACK),  # of few rows, one more would be much
+        patch_rows=data.patch_rows or round(patch_rows * SLACK),
         targets=math.ceil(targets * SLACK**2 / chunk) * chunk,
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Batches of this host, by step."""
+    """Batches of this host, by step (the first is 0)."""
 
+    examples: grain.MapDataset  # what each batch is made of: a list of Tokenized
     batches: grain.MapDataset
     capacity: Capacity
+    shards: int  # of this host
+
+    def names(self, step: int) -> np.ndarray:
+        """The records of a batch, where they stand in it: [shards, B] str, "" where there is none."""
+        hands = [[item.example.name for item in hand] for hand in deal(self.examples[step], self.shards)]
+        return np.array([hand + [""] * (self.capacity.pairs - len(hand)) for hand in hands])
 
     def from_step(self, step: int, prefetch: int) -> Iterator[Batch]:
         """Yields the host's part of batches step, step + 1, ... made ahead in threads."""
@@ -278,16 +331,19 @@ class Pipeline:
         return iter(self.batches[step:].to_iter_dataset(options))
 
 
-def training_batches(config: Config, processor: Processor, *, shards: int, host: int = 0, hosts: int = 1) -> Pipeline:
+def training_batches(
+    config: Config, processor: Processor, *, shards: int, host: int = 0, hosts: int = 1, split: str = "train"
+) -> Pipeline:
     """The training batches of one host of `hosts`, whose devices form shards/hosts of the `shards` shards.
 
-    Raises ValueError when the batch cannot be dealt evenly.
+    `split` "val" makes the same of the release's validation queries. Raises ValueError when the batch cannot be dealt
+    evenly.
     """
     data = config.data
     if data.batch_size % shards or shards % hosts:
         raise ValueError(f"a batch of {data.batch_size} cannot be dealt to {shards} shards on {hosts} hosts")
     sources = {"retrieval": retrieval_examples, "generative": generative_examples}
-    examples = sources[data.source](config, config.training.seed)
+    examples = sources[data.source](config, split, config.training.seed)
     unknown = set(data.weights) - set(examples)
     if unknown:
         raise ValueError(f"data.weights: no {sorted(unknown)} in {data.release}; there are {sorted(examples)}")
@@ -296,9 +352,6 @@ def training_batches(config: Config, processor: Processor, *, shards: int, host:
     mixed = grain.MapDataset.mix([examples[name] for name in chosen], weights=[weights[name] for name in chosen])
     tokenized = mixed.map(lambda example: tokenize(example, processor, config))
     capacity = measure_capacity(tokenized, shards, config)
-    parts = tokenized.batch(
-        data.batch_size // hosts,
-        drop_remainder=True,
-        batch_fn=lambda items: pack_batch(items, shards // hosts, capacity, processor, config),
-    )
-    return Pipeline(parts[host::hosts], capacity)
+    parts = tokenized.batch(data.batch_size // hosts, drop_remainder=True, batch_fn=list)[host::hosts]
+    own = shards // hosts
+    return Pipeline(parts, parts.map(lambda items: pack_batch(items, own, capacity, processor, config)), capacity, own)

@@ -4,16 +4,19 @@ The items are stored apart, so that inference reads the trainable parameters alo
 """
 
 import dataclasses
+import functools
+import hashlib
 import json
 import logging
 import shutil
+import subprocess
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from trace_jax.config import Config, to_json
+from trace_jax.config import ROOT, Config, to_json
 from trace_jax.data.schema import tree_bytes
 
 log = logging.getLogger(__name__)
@@ -27,7 +30,8 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run, under `<run_dir>/checkpoints`, local or gs://.
 
-    `identity` names the base model and the adapters; a checkpoint of another identity is refused.
+    `identity` names the base model and the adapters; a checkpoint of another identity is refused. The newest
+    `training.keep` stay, and those whose step `training.keep_every` divides.
     """
 
     config: Config
@@ -35,17 +39,24 @@ class Checkpoints:
 
     def __post_init__(self) -> None:
         self.folder = epath.Path(self.config.run_dir).absolute() / "checkpoints"
+        self._unreadable: list[int] = []
+        options = self.config.training
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=self.config.training.keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=options.keep, keep_period=options.keep_every or None, create=True
+            ),
             item_names=("trainable", "optimizer", "meta"),
         )
 
     def save(self, step: int, trainable: Any, optimizer: Any, *, wait: bool = False) -> None:
         """Writes two pytrees of arrays as step `step`, in the background unless `wait`.
 
-        Raises CheckpointError when the disk has no room, before anything is written.
+        Checkpoints that `restore` could not read are removed. Raises CheckpointError when the disk has no room, before
+        anything is written.
         """
+        while self._unreadable:
+            self._manager.delete(self._unreadable.pop())
         if step in self._manager.all_steps():
             return
         needed = tree_bytes((trainable, optimizer))
@@ -57,7 +68,7 @@ class Checkpoints:
                     f" {free / 1e6:.0f} MB are free. Make room and run the same command again;"
                     f" it goes on from step {self._manager.latest_step() or 0}."
                 )
-        meta = {"step": step, "identity": self.identity, "config": to_json(self.config)}
+        meta = {"step": step, "identity": self.identity, "config": to_json(self.config), "code": code_version()}
         items = {
             "trainable": ocp.args.StandardSave(trainable),
             "optimizer": ocp.args.StandardSave(optimizer),
@@ -72,8 +83,9 @@ class Checkpoints:
 
         `templates` holds the items wanted, "trainable" or both, as pytrees to be shaped and sharded like.
 
-        Without `only`, one that is corrupt or incomplete is passed over with a warning, for the one before it. Raises
-        CheckpointError when none can be read, or when they belong to another model.
+        Without `only`, one that is corrupt or incomplete is passed over with a warning, for the one before it; it stays
+        where it is until something is saved. Raises CheckpointError when none can be read, or when they belong to
+        another model.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if only is not None:
@@ -100,7 +112,7 @@ class Checkpoints:
                 if only is not None:
                     raise CheckpointError(f"checkpoint {self.folder}/{step} cannot be read: {reason}") from error
                 log.warning("checkpoint %s/%d cannot be read (%s); trying the one before it", self.folder, step, reason)
-                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+                self._unreadable.append(step)
         if steps:
             raise CheckpointError(f"none of the checkpoints {steps} in {self.folder} can be read")
         return None
@@ -109,3 +121,21 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@functools.cache
+def code_version() -> dict[str, str]:
+    """Which code runs: "commit" by git where there is a repository ("-dirty" when files differ from it), else "".
+
+    "sources" is the hash of the package's files, with or without git: a TPU VM gets the files alone.
+    """
+    package = ROOT / "trace_jax"
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    return {"commit": commit, "sources": digest.hexdigest()[:16]}

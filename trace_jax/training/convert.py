@@ -28,6 +28,7 @@ from trace_jax.model.adapter import load_adapter, save_adapter
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.training.checkpoint import CheckpointError, Checkpoints
+from trace_jax.training.losses import loss_parameters
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import init_optimizer, load_model, model_identity, restore_model, split_model
 
@@ -117,6 +118,7 @@ def import_adapter(config: Config, folder: str) -> None:
     _adapter_only(config, model)
     load_adapter(model, _lora(config), folder, fingerprint=weights.fingerprint(config.model.base))
     _, trainable, _ = split_model(model, config.model.trainable)
+    trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
     checkpoints = Checkpoints(config, model_identity(config))
     if checkpoints.restore(trainable=trainable) is not None:
         raise CheckpointError(f"{checkpoints.folder} holds checkpoints already; choose another --workdir")

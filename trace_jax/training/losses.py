@@ -4,7 +4,8 @@ Every loss returns (sum, count) over the global batch, so that means are exact h
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from trace_jax import config
 from trace_jax.data.schema import Batch
 from trace_jax.model.attention import MASKED
 from trace_jax.model.qwen2_5_vl import Head
+
+SCALE = "log_scale"  # the parameter's name
+LARGEST_SCALE = math.log(100.0)  # CLIP's bound
 
 
 class Mean(NamedTuple):
@@ -29,6 +33,25 @@ class Mean(NamedTuple):
 def share(chosen: jax.Array, weight: jax.Array) -> Mean:
     """The weighted share of what is chosen, [...] bool, of what `weight`, [...] float32, counts."""
     return Mean(jnp.sum(jnp.where(chosen, weight, 0.0)), jnp.sum(weight))
+
+
+def loss_parameters(options: config.Loss, placed: jax.sharding.Sharding | None) -> dict[str, jax.Array]:
+    """What the loss itself learns, beside the model's parameters: {SCALE: log(1 / temperature), [] float32}, or {}.
+
+    Raises ValueError for a temperature outside [0.01, 1], where a learned one stays.
+    """
+    if not options.learn_temperature:
+        return {}
+    if not 0 <= -math.log(options.temperature) <= LARGEST_SCALE:
+        raise ValueError(f"loss.temperature {options.temperature}: one that is learned starts between 0.01 and 1")
+    return {SCALE: jax.device_put(jnp.float32(-math.log(options.temperature)), placed)}
+
+
+def bounded(trainable: dict[str, Any]) -> dict[str, Any]:
+    """Trainable parameters with the learned scale, if there is one, put back between 1 and 100, as CLIP does."""
+    if SCALE not in trainable:
+        return trainable
+    return trainable | {SCALE: jnp.clip(trainable[SCALE], 0.0, LARGEST_SCALE)}
 
 
 def take_states(hidden: jax.Array, index: jax.Array) -> jax.Array:
@@ -87,8 +110,12 @@ def info_nce(
     *,
     positives: jax.Array,
     temperature: float | jax.Array,
+    both_directions: bool = False,
 ) -> tuple[Mean, Mean]:
     """L_ret: InfoNCE from query to document over the global batch; N = S * B.
+
+    With `both_directions` its mean with InfoNCE from document to query, in which a query is never the negative of a
+    document that is known to be right for it, and hard negatives have no part.
 
     queries [N, D] normalised; `documents` are N, of which query n's own is the n-th, and a query is valid where it is;
     `negatives` are hard ones, any number; positives [N, K]. A document that is known to be right for a query (its key
@@ -105,13 +132,17 @@ def info_nce(
         )
         return scores, candidates.valid[None, :] & ~known
 
-    scores, counted = scored(documents)
-    scores = jnp.where(counted | jnp.eye(len(queries), dtype=bool), scores, MASKED)
-    own = jnp.diagonal(scores)
+    square, counted = scored(documents)
+    own_pair = jnp.eye(len(queries), dtype=bool)
+    scores = square = jnp.where(counted | own_pair, square, MASKED)
+    own = jnp.diagonal(square)
     if len(negatives.key):  # beside the others: rows are split over devices, columns are not
         hard, counted = scored(negatives)
-        scores = jnp.concatenate([scores, jnp.where(counted, hard, MASKED)], axis=1)
+        scores = jnp.concatenate([square, jnp.where(counted, hard, MASKED)], axis=1)
     losses = jax.nn.logsumexp(scores, axis=1) - own
+    if both_directions:  # the same mask: what is known is known of a query and a document
+        backward = jax.nn.logsumexp(jnp.where(documents.valid[:, None] | own_pair, square, MASKED), axis=0)
+        losses = (losses + backward - own) / 2
     weight = documents.valid.astype(jnp.float32)
     return Mean(jnp.sum(losses * weight), jnp.sum(weight)), share(own >= jnp.max(scores, axis=1), weight)
 
@@ -131,9 +162,11 @@ def read_out(hidden: jax.Array, head: Head, batch: Batch, emb: int, options: con
     """Reads embeddings and L_gen off the states of one forward pass. hidden [S, R, L, D] float32.
 
     `emb` is the id of <|emb|>. The embedding of a sequence is the state that predicts <|emb|>, i.e. of the token right
-    before it (paper Table 4, "pre-token").
+    before it (paper Table 4, "pre-token"). With `options.detach_emission` L_gen does not reach it.
     """
     states = take_states(hidden, batch.target_index)
+    if options.detach_emission:
+        states = jnp.where((batch.target_token == emb)[..., None], jax.lax.stop_gradient(states), states)
     generation, correct = token_cross_entropy(
         states, head, batch.target_token, batch.target_weight, options.vocabulary_chunk
     )
@@ -147,11 +180,12 @@ def read_out(hidden: jax.Array, head: Head, batch: Batch, emb: int, options: con
 
 
 def hybrid_loss(
-    out: ReadOut, batch: Batch, emb_row: jax.Array, options: config.Loss
+    out: ReadOut, batch: Batch, emb_row: jax.Array, options: config.Loss, scale: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, Mean]]:
     """The objective of one step and its metrics, of the global batch: all of `out` and `batch` may have an axis C.
 
     emb_row [D] is the head's row of <|emb|>; its cosine to the embeddings is watched, because L_gen pulls them there.
+    `scale` is log(1 / temperature), [] float32, where that is learned.
     """
     generation, correct = (Mean(jnp.sum(mean.total), jnp.sum(mean.count)) for mean in (out.generation, out.correct))
     metrics = {"loss_gen": generation, "token_accuracy": correct}
@@ -162,12 +196,14 @@ def hybrid_loss(
             part.reshape(-1, width) for part in (out.queries, out.documents, out.negatives)
         )
         valid = (batch.query_index.reshape(-1) >= 0) & (batch.document_index.reshape(-1) >= 0)
+        temperature = jnp.float32(options.temperature) if scale is None else jnp.exp(-scale)
         retrieval, recall = info_nce(
             queries,
             Documents(documents, batch.document_key.reshape(-1), valid),
             Documents(negatives, batch.negative_key.reshape(-1), batch.negative_index.reshape(-1) >= 0),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
-            temperature=options.temperature,
+            temperature=temperature,
+            both_directions=options.both_directions,
         )
         loss = loss + options.retrieval * retrieval.value()
         emits, reasoned = out.emits_first.reshape(-1), batch.reasoned.reshape(-1)
@@ -179,6 +215,7 @@ def hybrid_loss(
             "emb_first": share(emits, weight),
             "routing_accuracy": share(emits != reasoned, weight),
             "simple_fraction": share(~reasoned, weight),
+            "temperature": Mean(temperature, jnp.ones(())),
             "emb_cosine": Mean(jnp.sum(cosine * weight), jnp.sum(weight)),
         }
     return loss, metrics | {"loss": Mean(loss, jnp.ones(()))}

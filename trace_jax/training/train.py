@@ -4,6 +4,7 @@ One program serves the TRACE fine-tuning and the generative pretraining of a sma
 trainable and which losses count.
 """
 
+import dataclasses
 import logging
 import re
 import signal
@@ -22,14 +23,17 @@ from tqdm import tqdm
 
 from trace_jax import sharding
 from trace_jax.config import Config
-from trace_jax.data.pipeline import training_batches
+from trace_jax.data.pipeline import Pipeline, training_batches
 from trace_jax.data.schema import Batch
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
+from trace_jax.model.architecture import Architecture
+from trace_jax.model.flops import model_flops
 from trace_jax.model.qwen2_5_vl import VISUAL, Qwen2_5_VL
 from trace_jax.training import metrics
 from trace_jax.training.checkpoint import Checkpoints
-from trace_jax.training.losses import Mean, ReadOut, hybrid_loss, read_out
+from trace_jax.training.guard import Guard
+from trace_jax.training.losses import SCALE, Mean, ReadOut, bounded, hybrid_loss, loss_parameters, read_out
 from trace_jax.training.optimizer import make_optimizer, make_schedule, step_of
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,7 @@ log = logging.getLogger(__name__)
 class TrainState(NamedTuple):
     """Everything that training changes; the optimizer's count is the step."""
 
-    trainable: Any  # nested dict of parameters
+    trainable: Any  # nested dict of parameters, with those of the loss beside the model's
     opt_state: optax.OptState
 
 
@@ -65,7 +69,8 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
 def model_identity(config: Config) -> str:
     """Names the base (by the hash of its weights' files) and the adapters that a checkpoint belongs to."""
     base = weights.fingerprint(config.model.base)
-    return f"base {base}, adapters {config.model.lora}, trainable {config.model.trainable}"
+    learned = ", temperature learned" if config.loss.learn_temperature else ""
+    return f"base {base}, adapters {config.model.lora}, trainable {config.model.trainable}{learned}"
 
 
 def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
@@ -100,20 +105,16 @@ def state_shardings(
     return TrainState(jax.tree.map(lambda parameter: parameter.sharding, trainable), opt_shardings)
 
 
-def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
-) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
-    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers.
+def make_loss(
+    graph: nnx.GraphDef, emb: int, config: Config
+) -> Callable[[dict, dict, Batch, jax.Array | None], tuple[jax.Array, dict[str, Mean]]]:
+    """(trainable, frozen, batch, key of the dropout or None) -> (loss, metrics), of the whole batch.
 
     With `training.chunks` C > 1 the batch comes in S * C shards, and each device reads C of its own one after another:
     only embeddings and visual features outlive a chunk, and the backward pass reads each chunk again. The gradient
     is that of the whole batch (gradient caching), also of L_gen, whose tokens are counted over all chunks.
-
-    Dropout is a pure function of (seed, step, chunk, layer, name), so that a resumed run draws what the straight one
-    drew, and the second reading of a chunk what the first one drew.
     """
     chunks = config.training.chunks
-    dropout = config.model.lora is not None and config.model.lora.dropout > 0
 
     def loss_fn(
         trainable: dict, frozen: dict, batch: Batch, key: jax.Array | None
@@ -132,14 +133,28 @@ def make_train_step(
             keys = None if key is None else jax.random.split(key, chunks)
             policy = jax.checkpoint_policies.save_only_these_names(VISUAL)
             out = jax.lax.map(jax.checkpoint(read, policy=policy), (batch, keys))
-        return hybrid_loss(out, batch, head.row_of(emb), config.loss)
+        return hybrid_loss(out, batch, head.row_of(emb), config.loss, trainable.get(SCALE))
+
+    return loss_fn
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, emb: int, config: Config, shardings: TrainState
+) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, Mean]]]:
+    """Compiles (state, frozen, batch) -> (state, metrics); the state keeps its `shardings` and its buffers.
+
+    Dropout is a pure function of (seed, step, chunk, layer, name), so that a resumed run draws what the straight one
+    drew, and the second reading of a chunk what the first one drew.
+    """
+    loss_fn = make_loss(graph, emb, config)
+    dropout = config.model.lora is not None and config.model.lora.dropout > 0
 
     def train_step(state: TrainState, frozen: dict, batch: Batch) -> tuple[TrainState, dict[str, Mean]]:
         key = jax.random.fold_in(jax.random.key(config.training.seed), step_of(state.opt_state)) if dropout else None
         gradients, measured = jax.grad(loss_fn, has_aux=True)(state.trainable, frozen, batch, key)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies its integer count with floats
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable = bounded(optax.apply_updates(state.trainable, updates))
         real = batch.inputs.segments > 0
         measured["tokens"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.ones(()))
         measured["filled_slots"] = Mean(jnp.sum(real).astype(jnp.float32), jnp.float32(real.size))
@@ -150,6 +165,37 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def make_validation(
+    graph: nnx.GraphDef, processor: Processor, config: Config, mesh: jax.sharding.Mesh
+) -> Callable[[dict, dict], dict[str, float]]:
+    """(trainable, frozen) -> means over the first `validation_batches` of the validation split, named val_*.
+
+    Always the same batches, without hard negatives, random zooms and dropout: only the model changes.
+    """
+    data = dataclasses.replace(config.data, hard_negatives=0, jitter=0.0)
+    batches = host_batches(dataclasses.replace(config, data=data), processor, mesh, split="val").batches
+    loss_fn = make_loss(graph, processor.emb, config)
+    measure = jax.jit(lambda trainable, frozen, batch: loss_fn(trainable, frozen, batch, None)[1])
+
+    def validate(trainable: dict, frozen: dict) -> dict[str, float]:
+        found = []
+        for index in range(config.training.validation_batches):
+            batch = sharding.to_devices(batches[index], mesh)
+            with jax.set_mesh(mesh):
+                found.append(jax.device_get(measure(trainable, frozen, batch)))
+        means = jax.tree.map(lambda *parts: sum(parts), *found)
+        return {f"val_{name}": float(mean.value()) for name, mean in means.items()}
+
+    return validate
+
+
+def host_batches(config: Config, processor: Processor, mesh: jax.sharding.Mesh, split: str = "train") -> Pipeline:
+    """The batches of this host for the mesh's devices, in as many shards as they have times `training.chunks`."""
+    shards = sharding.data_shards(mesh) * config.training.chunks
+    host, hosts = jax.process_index(), jax.process_count()
+    return training_batches(config, processor, shards=shards, host=host, hosts=hosts, split=split)
+
+
 def init_optimizer(optimizer: optax.GradientTransformation, trainable: dict, mesh: jax.sharding.Mesh) -> optax.OptState:
     """A fresh optimizer state, its moments sharded as their parameters."""
     shardings = state_shardings(optimizer, trainable, sharding.replicated(mesh)).opt_state
@@ -157,8 +203,9 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: dict, mes
 
 
 def merge_model(graph: nnx.GraphDef, trainable: dict, frozen: dict) -> Qwen2_5_VL:
-    """Puts a split model together again."""
-    flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(trainable)}
+    """Puts a split model together again; what the loss learns is not of it."""
+    own = {name: part for name, part in trainable.items() if name != SCALE}
+    flat = {**traverse_util.flatten_dict(frozen), **traverse_util.flatten_dict(own)}
     return nnx.merge(graph, nnx.State(traverse_util.unflatten_dict(flat)))
 
 
@@ -167,6 +214,7 @@ def restore_model(
 ) -> tuple[int, Qwen2_5_VL] | None:
     """The newest good checkpoint of a run, or that of `step`, as (step, model) without its optimizer; None: none."""
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
+    trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
     checkpoints = Checkpoints(config, model_identity(config))
     restored = checkpoints.restore(only=step, trainable=trainable)
     checkpoints.close()
@@ -177,13 +225,13 @@ def train(config: Config) -> bool:
     """Trains `config` to its last step, going on from the newest good checkpoint of its run directory.
 
     Says whether there was anything to do. Raises ValueError for a configuration that does not fit its data or its
-    devices, CheckpointError, and FloatingPointError for a loss that is no number.
+    devices, CheckpointError, and FloatingPointError for a loss that is no number or leaps.
     """
     # Devices and model
     mesh = sharding.make_mesh(config.mesh)
-    shards = sharding.data_shards(mesh) * config.training.chunks
     processor = Processor.from_hf(config.model.base, config.data)
     graph, trainable, frozen = split_model(load_model(config, processor, mesh), config.model.trainable)
+    trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
 
     # State: new, then overwritten by a checkpoint where there is one
     optimizer = make_optimizer(config.optimizer, config.training.steps)
@@ -203,12 +251,14 @@ def train(config: Config) -> bool:
         return False
 
     # Data
-    pipeline = training_batches(config, processor, shards=shards, host=jax.process_index(), hosts=jax.process_count())
+    pipeline = host_batches(config, processor, mesh)
     batches = pipeline.from_step(start, config.training.prefetch)
     log.info("%s", pipeline.capacity)
     train_step = make_train_step(
         graph, optimizer, processor.emb, config, jax.tree.map(lambda array: array.sharding, state)
     )
+    every = config.training.validate_every
+    validate = make_validation(graph, processor, config, mesh) if every else None
 
     # A preemption notice ends the loop after the running step, with a checkpoint; several processes agree on the step
     notices = []
@@ -224,7 +274,13 @@ def train(config: Config) -> bool:
 
     # Loop
     epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    writer = metrics.MetricLog(config.run_dir, start)
+    shards = pipeline.shards * jax.process_count()
+    needed = model_flops(Architecture.from_hf(config.model.base), config, pipeline.capacity, shards)
+    writer = metrics.MetricLog(config, start, sum(needed.values()))
+    guard = Guard(config, pipeline)
+    profile = config.training.profile or (0, 0)
+    if config.training.profile and not start < profile[0] <= profile[1] <= steps:
+        raise ValueError(f"training.profile {profile}: the window must lie in steps {start + 1} to {steps}")
     saved = time.monotonic()
     bar = tqdm(
         total=steps,
@@ -237,19 +293,32 @@ def train(config: Config) -> bool:
     )
     try:
         for step in range(start + 1, steps + 1):
-            batch = sharding.to_devices(next(batches), mesh)
+            if step == profile[0]:
+                jax.profiler.start_trace(f"{config.run_dir}/profile")
+            with writer.waiting():
+                own = next(batches)
             with jax.set_mesh(mesh):
-                state, measured = train_step(state, frozen, batch)
-            writer.add(measured)  # waits for the step before: the device has work, a stop is never far
+                state, measured = train_step(state, frozen, sharding.to_devices(own, mesh))
+            writer.add(measured)
+            guard.look(step, own, measured)  # waits for the step before: the device has work, a stop is never far
             bar.update()
-            if step % config.training.log_every == 0 or step == steps:
+            if step == profile[1]:
+                guard.settle()
+                jax.profiler.stop_trace()
+            due = every > 0 and (step % every == 0 or step == steps)
+            if step % config.training.log_every == 0 or step == steps or due:
+                guard.settle()
                 extra = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}
-                means = writer.write(step, extra, config.data.batch_size)
+                if validate is not None and due:
+                    with writer.aside():
+                        extra |= validate(state.trainable, frozen)
+                means = writer.write(step, extra)
                 if first:
                     tqdm.write(metrics.describe(step, steps, means))
             stop = preempted(step)
             scheduled = step % config.training.checkpoint_every == 0 or step == steps
             if scheduled or stop or (step % config.training.log_every == 0 and overdue()):
+                guard.settle()
                 checkpoints.save(step, state.trainable, state.opt_state, wait=stop)
                 saved = time.monotonic()
             if stop:

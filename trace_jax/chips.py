@@ -23,15 +23,21 @@ class Chip:
     hbm: float  # bytes that a program may use
     interconnect: float  # bytes/s out of a device, over all its links
     clock: float  # Hz, with which the compiler's cycles become seconds
+    kind: str  # what JAX calls such a device
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 1.228e12, 30.75 * GIB, 300e9, 1.05e9),
-    "v5e": Chip("v5e", 197e12, 0.819e12, 15.75 * GIB, 200e9, 1.5e9),
-    "v5p": Chip("v5p", 459e12, 2.765e12, 95.74 * GIB, 600e9, 1.75e9),
-    "v6e": Chip("v6e", 918e12, 1.640e12, 31.25 * GIB, 448e9, 1.75e9),
-    "tpu7x": Chip("tpu7x", 1153.5e12, 3.69e12, 94.75 * GIB, 600e9, 2.2e9),
+    "v4": Chip("v4", 275e12, 1.228e12, 30.75 * GIB, 300e9, 1.05e9, "TPU v4"),
+    "v5e": Chip("v5e", 197e12, 0.819e12, 15.75 * GIB, 200e9, 1.5e9, "TPU v5 lite"),
+    "v5p": Chip("v5p", 459e12, 2.765e12, 95.74 * GIB, 600e9, 1.75e9, "TPU v5"),
+    "v6e": Chip("v6e", 918e12, 1.640e12, 31.25 * GIB, 448e9, 1.75e9, "TPU v6 lite"),
+    "tpu7x": Chip("tpu7x", 1153.5e12, 3.69e12, 94.75 * GIB, 600e9, 2.2e9, "TPU7x"),
 }
+
+
+def chip_of(device: Any) -> Chip | None:
+    """The published peaks of a JAX device; None where it is no TPU that is known here."""
+    return next((chip for chip in CHIPS.values() if chip.kind == device.device_kind), None)
 
 
 class CompilerMissingError(RuntimeError):

@@ -1,0 +1,110 @@
+"""Runs that are killed again and again, on local disk and in a bucket, end with the parameters of one left in peace."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.bucket import Bucket
+from tests.programs import flags, start
+from trace_jax.config import ROOT, Config, load_config
+
+KILLS = 20
+# Prints the step of the newest checkpoint and the hash of all its parameters.
+DIGEST = """
+import hashlib, sys
+import numpy as np
+from trace_jax import config, sharding
+from trace_jax.data.tokenizer import Processor
+from trace_jax.model.weights import flat_parameters
+from trace_jax.training.train import restore_model
+chosen = config.load_config("emoji_tiny", sys.argv[1:])
+processor = Processor.from_hf(chosen.model.base, chosen.data)
+step, model = restore_model(chosen, processor, sharding.make_mesh(chosen.mesh))
+digest = hashlib.sha256()
+for path, leaf in sorted(flat_parameters(model).items()):
+    digest.update(path.encode() + np.asarray(leaf[...]).tobytes())
+print(step, digest.hexdigest())
+"""
+
+
+def configured(config: Config, workdir: str, steps: int, every: int) -> Config:
+    training = dataclasses.replace(config.training, steps=steps, checkpoint_every=every)
+    data = dataclasses.replace(config.data, weights=load_config("emoji_tiny").data.weights)
+    return dataclasses.replace(config, workdir=workdir, training=training, data=data)
+
+
+def digest(config: Config, **environment: str) -> str:
+    command = [sys.executable, "-c", DIGEST, *flags(config)]
+    more = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    ran = subprocess.run(command, cwd=ROOT, env=more, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return ran.stdout.splitlines()[-1]
+
+
+def finish(config: Config, **environment: str) -> str:
+    process = start("train", config, **environment)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    return errors
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    server = Bucket(tmp_path / "bucket")
+    yield server
+    server.kill()
+
+
+@pytest.mark.slow
+def test_a_bucket_that_dies_during_a_save_loses_nothing(tiny_config, tmp_path, bucket):
+    local = configured(tiny_config, str(tmp_path / "local"), 12, 4)
+    finish(local)
+    remote = configured(tiny_config, "gs://runs/one", 12, 4)
+    process = start("train", remote, **bucket.environment)
+    while not any("checkpoints" in name for name in bucket.objects()):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.01)
+    bucket.kill()
+    time.sleep(3)
+    bucket.start()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    assert digest(remote, **bucket.environment) == digest(local)
+    assert any("metrics.jsonl" in name for name in bucket.objects())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_killed_at_random_it_ends_with_the_same_parameters(tiny_config, tmp_path, bucket, place):
+    steps, every = 300, 3
+    straight = configured(tiny_config, str(tmp_path / "straight"), steps, every)
+    began = time.monotonic()
+    process = start("train", straight)
+    while not any((tmp_path / "straight" / "checkpoints").glob("[0-9]*[0-9]")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    ready = time.monotonic() - began
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    training = time.monotonic() - began - ready
+
+    folder = {"local": str(tmp_path / "killed"), "bucket": "gs://runs/killed"}[place]
+    environment = bucket.environment if place == "bucket" else {}
+    killed = configured(tiny_config, folder, steps, every)
+    rng, ended = random.Random(0), []
+    for _ in range(KILLS):
+        process = start("train", killed, **environment)
+        time.sleep(rng.uniform(0.5 * ready, ready + 0.15 * training))
+        process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        process.communicate()
+        ended.append(process.returncode)
+    assert ended.count(0) < KILLS / 2 and len(set(ended)) > 1  # it was still at work
+    said = finish(killed, **environment)
+    assert "going on from checkpoint" in said or 0 in ended
+    assert digest(killed, **environment) == digest(straight)
