@@ -227,6 +227,10 @@ def train(config: Config) -> bool:
     Says whether there was anything to do. Raises ValueError for a configuration that does not fit its data or its
     devices, CheckpointError, and FloatingPointError for a loss that is no number or leaps.
     """
+    steps, window = config.training.steps, config.training.profile
+    if window and not 1 <= window[0] <= window[1] <= steps:
+        raise ValueError(f"training.profile {window}: the window must lie in steps 1 to {steps}")
+
     # Devices and model
     mesh = sharding.make_mesh(config.mesh)
     processor = Processor.from_hf(config.model.base, config.data)
@@ -234,12 +238,12 @@ def train(config: Config) -> bool:
     trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
 
     # State: new, then overwritten by a checkpoint where there is one
-    optimizer = make_optimizer(config.optimizer, config.training.steps)
-    schedule = make_schedule(config.optimizer, config.training.steps)
+    optimizer = make_optimizer(config.optimizer, steps)
+    schedule = make_schedule(config.optimizer, steps)
     opt_state = init_optimizer(optimizer, trainable, mesh)
     checkpoints = Checkpoints(config, model_identity(config))
     restored = checkpoints.restore(trainable=trainable, optimizer=opt_state)
-    start, steps = 0, config.training.steps
+    start = 0
     if restored is not None:
         start, items = restored
         trainable, opt_state = items["trainable"], items["optimizer"]
@@ -278,9 +282,7 @@ def train(config: Config) -> bool:
     needed = model_flops(Architecture.from_hf(config.model.base), config, pipeline.capacity, shards)
     writer = metrics.MetricLog(config, start, sum(needed.values()))
     guard = Guard(config, pipeline)
-    profile = config.training.profile or (0, 0)
-    if config.training.profile and not start < profile[0] <= profile[1] <= steps:
-        raise ValueError(f"training.profile {profile}: the window must lie in steps {start + 1} to {steps}")
+    profile = window if window and start < window[0] else (0, 0)  # not gone on with in its midst
     saved = time.monotonic()
     bar = tqdm(
         total=steps,
