@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from trace_jax.config import ROOT, Config, to_json
 from trace_jax.data.schema import tree_bytes
@@ -41,11 +42,11 @@ class Checkpoints:
         self.folder = epath.Path(self.config.run_dir).absolute() / "checkpoints"
         self._unreadable: list[int] = []
         options = self.config.training
+        kept = [managers.LatestN(options.keep)]
+        kept += [managers.EveryNSteps(options.keep_every)] if options.keep_every else []
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=options.keep, keep_period=options.keep_every or None, create=True
-            ),
+            options=ocp.CheckpointManagerOptions(preservation_policy=managers.AnyPreservationPolicy(kept), create=True),
             item_names=("trainable", "optimizer", "meta"),
         )
 
