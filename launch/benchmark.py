@@ -31,6 +31,8 @@ from trace_jax.data.processor import Geometry, Patches, decode_image, first_fit,
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import TASKS, Example, Query
 from trace_jax.data.tokenizer import Processor
+from trace_jax.model.architecture import Architecture
+from trace_jax.model.vision import normalize_pixels
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import (
     TrainState,
@@ -175,6 +177,7 @@ def _torch_step(config: Config, processor: Processor, pipeline: Pipeline) -> Cal
     import torch
     import transformers
 
+    vision = Architecture.from_hf(config.model.base).vision
     lora = config.model.lora
     assert lora is not None, f"{config.name} has no adapters to compare"
     base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model.base, dtype=torch.float32)
@@ -199,9 +202,11 @@ def _torch_step(config: Config, processor: Processor, pipeline: Pipeline) -> Cal
         given = {"input_ids": tokens, "attention_mask": mask, "mm_token_type_ids": 1 * (tokens == processor.image_pad)}
         images = [image for sequence in sequences for image in sequence.images]
         if images:  # ours are in window order, theirs in reading order
-            merged = [image.values.reshape(len(image.slots), -1)[image.slots] for image in images]
-            values = [each.reshape(image.values.shape) for each, image in zip(merged, images, strict=True)]
-            given["pixel_values"] = np.concatenate(values)
+            values = [
+                image.values.reshape(len(image.slots), -1)[image.slots].reshape(-1, vision.patch_pixels)
+                for image in images
+            ]
+            given["pixel_values"] = np.array(normalize_pixels(np.concatenate(values), vision))
             given["image_grid_thw"] = np.array([[1, 2 * image.grid[0], 2 * image.grid[1]] for image in images])
         return model.model(**{name: torch.tensor(value) for name, value in given.items()}).last_hidden_state
 

@@ -111,7 +111,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint_and_keeps_it
     def to_devices(batch, mesh):
         moved.append(batch)
         if len(moved) == 3:
-            batch.inputs.patches[:] = np.nan
+            batch.target_weight[:] = np.nan
         return real(batch, mesh)
 
     monkeypatch.setattr(module.sharding, "to_devices", to_devices)
@@ -121,7 +121,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint_and_keeps_it
     run = pathlib.Path(config.run_dir)
     assert sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()) == [1, 2]
     saved = np.load(run / "bad_batch_3.npz")
-    assert np.isnan(saved["patches"]).all() and (saved["tokens"] == moved[2].inputs.tokens).all()
+    assert np.isnan(saved["target_weight"]).all() and (saved["tokens"] == moved[2].inputs.tokens).all()
     source = mbeir.load_queries(pathlib.Path(config.data.root) / config.data.release, "train")
     tasks = dict(zip(source.keys, source.tasks, strict=True))
     assert saved["names"].shape == saved["task"].shape
