@@ -286,11 +286,11 @@ def packing(
         example = Example(Query("any"), None, "", task=0)
         return Tokenized(example, sequences[0], len(sequences[0]) - trace, [0] * (trace + 1), [sequences[1]])
 
-    examples = [pair(tasks[i % len(tasks)]) for i in range(max(batches, MEASURED_BATCHES) * data.batch_size)]
-    capacity = measure_capacity(examples, shards, config)  # pyright: ignore[reportArgumentType]  (a list will do)
+    packed = [[pair(tasks[i % len(tasks)]) for i in range(data.batch_size)] for _ in range(batches)]
+    capacity = measure_capacity(packed[:MEASURED_BATCHES], shards, config)
     tokens = patches = left_out = 0
-    for batch in range(batches):
-        for hand in deal(examples[batch * data.batch_size : (batch + 1) * data.batch_size], shards):
+    for batch in packed:
+        for hand in deal(batch, shards):
             sequences = [sequence for item in hand for sequence in item.sequences]
             lengths = [len(sequence) for sequence in sequences]
             images = [len(image.values) for sequence in sequences for image in sequence.images]

@@ -1,10 +1,11 @@
 import dataclasses
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from trace_jax.data.pipeline import training_batches
+from trace_jax.data.pipeline import deal, training_batches
 from trace_jax.data.tokenizer import Processor
 
 
@@ -46,6 +47,34 @@ def test_tasks_are_balanced_in_every_batch(tiny_config, processor):
         )
         assert tasks.tolist() == [0, 1, 2, 3, 4, 6, 7, 8]
         assert (counts == 2).all()
+
+
+def test_batches_of_one_task_each_are_mixed_by_weight(tiny_config, processor):
+    def tasks(same_task, hosts=1):
+        data = dataclasses.replace(tiny_config.data, same_task=same_task, weights={"t2i": 3.0})
+        config = dataclasses.replace(tiny_config, data=data)
+        parts = [training_batches(config, processor, shards=2, host=h, hosts=hosts) for h in range(hosts)]
+        return [np.sort(np.concatenate([part.batches[step].task.ravel() for part in parts])) for step in range(10)]
+
+    whole = tasks(16)
+    assert all(len(set(batch)) == 1 for batch in whole)
+    assert np.bincount([batch[0] for batch in whole], minlength=9).tolist() == [3, 1, 1, 1, 1, 0, 1, 1, 1]
+    assert all((np.unique(batch, return_counts=True)[1] % 4 == 0).all() for batch in tasks(4))
+    np.testing.assert_array_equal(tasks(4), tasks(4, hosts=2))
+    with pytest.raises(ValueError, match="same_task 16 does not divide the 8 pairs that a host reads"):
+        tasks(16, hosts=2)
+
+
+def test_shards_are_dealt_alike_loads():
+    rng = np.random.default_rng(0)
+    sizes = [(int(rng.integers(100, 900)), int(rng.choice([0, 400, 600, 1000]))) for _ in range(512)]
+    items = [types.SimpleNamespace(tokens=tokens, patches=patches) for tokens, patches in sizes]
+    hands = deal(items, 16)
+    assert sorted(id(item) for hand in hands for item in hand) == sorted(map(id, items))
+    assert {len(hand) for hand in hands} == {32}
+    for name in ("tokens", "patches"):
+        loads = [sum(getattr(item, name) for item in hand) for hand in hands]
+        assert max(loads) < 1.02 * np.mean(loads), name
 
 
 def test_weights_choose_tasks_and_unknown_ones_are_named(tiny_config, processor):

@@ -14,7 +14,7 @@ import json
 import math
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -291,12 +291,12 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
     return out
 
 
-def measure_capacity(examples: grain.MapDataset, shards: int, config: Config) -> Capacity:
-    """Chooses static shapes from the first batches: a pure function of the data and the seed, the same on all hosts."""
+def measure_capacity(batches: Iterable[SequenceOf[Tokenized]], shards: int, config: Config) -> Capacity:
+    """Chooses static shapes from some batches: a pure function of the data and the seed, the same on all hosts."""
     data = config.data
     rows = patch_rows = targets = 1
-    for batch in range(MEASURED_BATCHES):
-        for hand in deal([examples[batch * data.batch_size + i] for i in range(data.batch_size)], shards):
+    for batch in batches:
+        for hand in deal(batch, shards):
             sequences = [sequence for item in hand for sequence in item.sequences]
             images = [len(image.values) for image in unique_images(sequences)]
             rows = max(rows, 1 + max(first_fit([len(sequence) for sequence in sequences], data.row_length)))
@@ -342,6 +342,10 @@ def training_batches(
     data = config.data
     if data.batch_size % shards or shards % hosts:
         raise ValueError(f"a batch of {data.batch_size} cannot be dealt to {shards} shards on {hosts} hosts")
+    if data.batch_size // hosts % data.same_task:
+        raise ValueError(
+            f"data.same_task {data.same_task} does not divide the {data.batch_size // hosts} pairs that a host reads"
+        )
     sources = {"retrieval": retrieval_examples, "generative": generative_examples}
     examples = sources[data.source](config, split, config.training.seed)
     unknown = set(data.weights) - set(examples)
@@ -349,9 +353,22 @@ def training_batches(
         raise ValueError(f"data.weights: no {sorted(unknown)} in {data.release}; there are {sorted(examples)}")
     weights = {name: data.weights.get(name, 1.0) for name in examples}
     chosen = [name for name in examples if weights[name] > 0]
-    mixed = grain.MapDataset.mix([examples[name] for name in chosen], weights=[weights[name] for name in chosen])
-    tokenized = mixed.map(lambda example: tokenize(example, processor, config))
-    capacity = measure_capacity(tokenized, shards, config)
-    parts = tokenized.batch(data.batch_size // hosts, drop_remainder=True, batch_fn=list)[host::hosts]
-    own = shards // hosts
+    blocks = [
+        examples[name]
+        .map(lambda example: tokenize(example, processor, config))
+        .batch(data.same_task, drop_remainder=True, batch_fn=list)
+        for name in chosen
+    ]
+    mixed = grain.MapDataset.mix(blocks, weights=[weights[name] for name in chosen])
+
+    def batches_of(pairs: int) -> grain.MapDataset:
+        return mixed.batch(
+            pairs // data.same_task,
+            drop_remainder=True,
+            batch_fn=lambda parts: list(itertools.chain.from_iterable(parts)),
+        )
+
+    whole = batches_of(data.batch_size)
+    capacity = measure_capacity((whole[i] for i in range(MEASURED_BATCHES)), shards, config)
+    parts, own = batches_of(data.batch_size // hosts)[host::hosts], shards // hosts
     return Pipeline(parts, parts.map(lambda items: pack_batch(items, own, capacity, processor, config)), capacity, own)
