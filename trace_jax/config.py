@@ -59,7 +59,7 @@ class Data:
     prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
-    same_task: int = 1  # pairs in a row that are of one task; batch_size makes batches of one task each
+    same_task: int = 1  # pairs in a row that are of one task; few of a batch, or its fixed shapes stay half empty
     traces: bool = True  # False trains plain contrastive: every query is simple
     max_positives: int = 8  # K
     hard_negatives: int = 0  # H: drawn for each query from its list in the release
