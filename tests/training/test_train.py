@@ -128,14 +128,18 @@ def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint_and_keeps_it
     assert [tasks[name] for name in saved["names"].flat] == saved["task"].reshape(-1).tolist()
 
 
-def test_validation_is_of_the_same_batches_each_time_and_changes_nothing(straight, fresh_config):
-    config = replace(fresh_config, steps=6, log_every=2, validate_every=3, validation_batches=2)
+def test_validation_and_profile_change_nothing(straight, fresh_config, monkeypatch):
+    traced = []
+    monkeypatch.setattr(jax.profiler, "start_trace", traced.append)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
+    config = replace(fresh_config, log_every=2, validate_every=3, validation_batches=2, profile=(2, 4))
     train(config)
+    assert traced == [f"{config.run_dir}/profile", "stop"]
     rows = {row["step"]: row for row in metrics.read_metrics(config.run_dir)}
     assert {step for step, row in rows.items() if "val_loss" in row} == {3, 6} and set(rows) == {2, 3, 4, 6}
     wanted = {"val_loss_gen", "val_loss_ret", "val_recall_in_batch", "val_routing_accuracy"}
     assert wanted <= set(rows[6]) and rows[6]["val_loss"] < rows[3]["val_loss"]
-    assert losses(config)[3] == losses(straight)[3]
+    assert losses(config)[3] == losses(straight)[3]  # the mean over step 3 alone
     processor, mesh = Processor.from_hf(config.model.base, config.data), sharding.make_mesh(config.mesh)
     restored = restore_model(config, processor, mesh)
     graph, trainable, frozen = split_model(restored[1], config.model.trainable)
@@ -170,13 +174,7 @@ def test_speeds_are_of_the_steps_alone(fresh_config, monkeypatch):
     assert (row["tokens_per_second"], row["examples_per_second"], row["mfu"]) == (4.0, 8.0, 0.5)
 
 
-def test_the_profile_is_of_its_window(fresh_config, monkeypatch):
-    traced = []
-    monkeypatch.setattr(jax.profiler, "start_trace", traced.append)
-    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: traced.append("stop"))
-    config = replace(fresh_config, steps=3, profile=(2, 3))
-    train(config)
-    assert traced == [f"{config.run_dir}/profile", "stop"]
+def test_a_profile_outside_the_run_is_refused(fresh_config):
     with pytest.raises(ValueError, match=r"profile \(2, 9\): the window must lie in steps 1 to 3"):
         train(replace(fresh_config, steps=3, profile=(2, 9)))
 
