@@ -39,7 +39,9 @@ class Checkpoints:
     identity: str
 
     def __post_init__(self) -> None:
-        self.folder = epath.Path(self.config.run_dir).absolute() / "checkpoints"
+        run = epath.Path(self.config.run_dir)
+        remote = "://" in self.config.run_dir  # `absolute` would make a local path of it
+        self.folder = (run if remote else run.absolute()) / "checkpoints"
         self._unreadable: list[int] = []
         options = self.config.training
         kept = [managers.LatestN(options.keep)]
