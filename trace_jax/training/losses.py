@@ -47,7 +47,7 @@ def loss_parameters(options: config.Loss, placed: jax.sharding.Sharding | None) 
     return {SCALE: jax.device_put(jnp.float32(-math.log(options.temperature)), placed)}
 
 
-def bounded(trainable: dict[str, Any]) -> dict[str, Any]:
+def bounded(trainable: Any) -> Any:
     """Trainable parameters with the learned scale, if there is one, put back between 1 and 100, as CLIP does."""
     if SCALE not in trainable:
         return trainable
