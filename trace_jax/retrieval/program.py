@@ -11,9 +11,8 @@ from typing import Any
 from trace_jax import config
 from trace_jax.config import Config
 from trace_jax.retrieval.artifacts import MissingStageError
+from trace_jax.retrieval.generation import MODES
 from trace_jax.training.checkpoint import CheckpointError
-
-MODES = ("adaptive", "direct", "always")
 
 
 def _modes(text: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ The items are stored apart, so that inference reads the trainable parameters alo
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from trace_jax.config import Config, to_json
+from trace_jax.config import Config, from_json, to_json
 from trace_jax.data.schema import tree_bytes
 
 log = logging.getLogger(__name__)
@@ -109,3 +110,16 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The configuration that the newest checkpoint of a run's folder, local or gs://, was saved with.
+
+    The folder may have moved since. Raises CheckpointError where there is no checkpoint.
+    """
+    folder = epath.Path(run) / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {folder}: give the folder of a run that launch/train.py wrote")
+    meta = json.loads((folder / str(steps[-1]) / "meta" / "metadata").read_text())
+    return dataclasses.replace(from_json(meta["config"]), workdir=str(run))
