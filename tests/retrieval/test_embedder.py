@@ -102,7 +102,7 @@ def test_a_users_long_text_is_refused_and_a_data_sets_is_cut(retriever):
 
 def test_an_unreadable_image_is_named(retriever):
     with pytest.raises(ValueError, match="candidate 7:1"):
-        retriever.encode_document([Document(image=b"no image")], names=["candidate 7:1"]).embeddings
+        retriever.encode_document([Document(image=b"no image")], names=["candidate 7:1"])
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -134,6 +134,7 @@ BAD = {
     "the image is a list": {"image": [1, 2]},
     "pixels float32": {"image": np.zeros((4, 4, 3), np.float32)},
     "a int cannot be embedded": 7,
+    "half of a character": "a\ud800",
     "limit is 64": "a red square and " * 100,
 }
 

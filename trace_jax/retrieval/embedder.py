@@ -389,7 +389,7 @@ class Retriever:
         return 1 << (room.bit_length() - 1)
 
     def _one_a_row(self, sequences: Sequence[Tokens], count: int) -> Inputs:
-        """Prompts of one kind, left-aligned, dealt to the shards in order, then empty rows up to `count`; few lengths."""
+        """Prompts of one kind, left-aligned, dealt to the shards in order, then empty rows up to `count`."""
         length = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         patches = max((len(image.values) for s in sequences for image in s.images), default=0)
         patches = _rounded(patches, LEAST_LENGTH)
@@ -431,11 +431,13 @@ class _Reader:
         try:
             return self._tokenize(number, name)
         except (ValueError, TypeError) as error:
-            message = str(error) if str(error).startswith(name) else f"{name}: {error}"
-            if not self._skip:
-                raise type(error)(message) from error
-            errors[at] = message
-            return None
+            named = str(error).startswith(name)
+            if self._skip:
+                errors[at] = str(error) if named else f"{name}: {error}"
+                return None
+            if named:
+                raise
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error
 
 
 @jax.jit

@@ -19,12 +19,23 @@ def read_query(item: Item) -> Query:
 
     Raises ValueError for an empty one, other keys, or an image that is not there; TypeError for any other type.
     """
-    return item if isinstance(item, Query) else Query(**_fields(item, ("text", "image", "instruction")))
+    query = item if isinstance(item, Query) else Query(**_fields(item, ("text", "image", "instruction")))
+    _check_text(query.text + query.instruction)
+    return query
 
 
 def read_document(item: Item) -> Document:
     """As `read_query`, of text and image."""
-    return item if isinstance(item, Document) else Document(**_fields(item, ("text", "image")))
+    document = item if isinstance(item, Document) else Document(**_fields(item, ("text", "image")))
+    _check_text(document.text)
+    return document
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"character {error.start} of the text is half of a character (a lone surrogate)") from error
 
 
 def _fields(item: Any, known: tuple[str, ...]) -> dict[str, Any]:
