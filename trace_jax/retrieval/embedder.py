@@ -30,7 +30,7 @@ from trace_jax.data.schema import Document, Inputs, Query
 from trace_jax.data.tokenizer import Processor, append
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.artifacts import MissingStageError, key_of
-from trace_jax.retrieval.generation import Decoding, Generation, Mode, cache_bytes, compilations, generate
+from trace_jax.retrieval.generation import Decoding, Generation, Mode, Work, cache_bytes, compilations, generate
 from trace_jax.retrieval.items import Item, read_document, read_query
 from trace_jax.training.checkpoint import read_config
 from trace_jax.training.losses import normalize, take_states
@@ -127,6 +127,7 @@ class Retriever:
         if options.dimensions is not None and not 0 < options.dimensions <= hidden:
             raise ValueError(f"--evaluation.dimensions {options.dimensions}: the model has {hidden}")
         self.width = options.dimensions or hidden  # d
+        self.work = Work()  # of all decoding so far
         self._shards = sharding.data_shards(mesh)
         self._cache_dtype = jnp.dtype(config.evaluation.cache_dtype or model.dtype)
 
@@ -370,6 +371,7 @@ class Retriever:
                 mode=mode,
                 cache_dtype=self._cache_dtype,
             )
+        self.work = self.work.plus(result.work)
         real = np.concatenate([np.arange(size) < len(members) for members in batches])
         rows = Generation(*(part[real] for part in result[:-1]), result.work)
         return list(itertools.chain(*batches)), rows

@@ -81,8 +81,7 @@ class Generation(NamedTuple):
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
-@dataclasses.dataclass
-class Work:
+class Work(NamedTuple):
     """What the decoding took: a measure of how full the slots were, and of how good the drafts."""
 
     steps: int = 0  # passes over the slots
@@ -90,10 +89,9 @@ class Work:
     useful: int = 0  # of the passes, those of rows that had not ended
     tokens: int = 0  # read in the useful ones; more than one each is the drafts' doing
 
-    def add(self, slots: int, steps: int, useful: int, tokens: int) -> None:
-        """One run of the loop."""
-        self.steps, self.passes = self.steps + steps, self.passes + steps * slots
-        self.useful, self.tokens = self.useful + useful, self.tokens + tokens
+    def plus(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(*map(sum, zip(self, other, strict=True)))
 
 
 class Program:
@@ -251,7 +249,8 @@ def generate(
             enough = max((smaller for smaller in sizes if smaller < size), default=0)
         running, counts = _decode(model, running, np.int32(min(enough, occupied - 1)), decoding=decoding)
         _hand_out(running, rows, written)
-        work.add(len(rows), *np.asarray(counts).tolist())
+        steps, useful, tokens = np.asarray(counts).tolist()
+        work = work.plus(Work(steps, steps * len(rows), useful, tokens))
 
 
 def _sizes(slots: int) -> list[int]:
