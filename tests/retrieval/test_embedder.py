@@ -161,8 +161,7 @@ def test_a_bad_item_does_not_sink_the_rest(retriever):
 def evaluating(retriever, **changes) -> Retriever:
     """The same model with other options of evaluation."""
     options = dataclasses.replace(retriever.config.evaluation, **changes)
-    config = dataclasses.replace(retriever.config, evaluation=options)
-    return Retriever(retriever.model, retriever.processor, config, retriever.mesh, step=0, identity=retriever.identity)
+    return retriever.configured(dataclasses.replace(retriever.config, evaluation=options))
 
 
 def test_vectors_cut_to_their_first_features(retriever, documents, queries):
@@ -258,10 +257,8 @@ def test_without_a_checkpoint_the_error_says_what_to_run(fresh_config):
 
 def test_keys_tell_checkpoints_and_lengths_apart(retriever):
     def key(**changes) -> str:
-        config = dataclasses.replace(retriever.config, data=dataclasses.replace(retriever.config.data, **changes))
-        return Retriever(
-            retriever.model, retriever.processor, config, retriever.mesh, step=0, identity=retriever.identity
-        ).key
+        data = dataclasses.replace(retriever.config.data, **changes)
+        return retriever.configured(dataclasses.replace(retriever.config, data=data)).key
 
     assert key() == retriever.key
     assert key(max_text_tokens=9) != retriever.key

@@ -158,6 +158,10 @@ class Retriever:
             log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
 
+    def configured(self, config: Config) -> "Retriever":
+        """The same model under other options."""
+        return Retriever(self.model, self.processor, config, self.mesh, step=self.step, identity=self.identity)
+
     # ---- documents, and queries whose trace is given -----------------------------------------------------
 
     def encode_document(
