@@ -293,12 +293,15 @@ def _sort_out(lengths: np.ndarray, prefilled: Prefilled, written: _Written) -> l
 def _refill(
     running: Slots, rows: list[_Request | None], waiting: collections.deque[tuple[Prefilled, _Request]]
 ) -> Slots:
-    """Puts the next of those who wait, as far as they are of one batch, into free slots."""
-    batch, chosen = waiting[0][0], np.full((2, len(rows)), -1, np.int32)
-    while waiting and waiting[0][0] is batch and None in rows:
+    """Puts the next of those who wait into free slots: of one batch, and as many as a refill is."""
+    batch, moved = waiting[0][0], max(1, len(rows) // REFILL)
+    chosen = np.full((3, moved), len(rows), np.int32)  # nobody goes to a slot that is not there
+    for move in range(moved):
+        if not waiting or waiting[0][0] is not batch or None not in rows:
+            break
         _, request = waiting.popleft()
         slot = rows.index(None)
-        rows[slot], chosen[:, slot] = request, (request.row, request.sample)
+        rows[slot], chosen[:, move] = request, (slot, request.row, request.sample)
     return _admit(running, batch, *chosen)
 
 
@@ -408,35 +411,36 @@ _empty = Program(_empty_slots, static_argnums=(0, 1, 2, 3))
 
 
 @functools.partial(Program, donate_argnums=0)
-def _admit(slots: Slots, prefilled: Prefilled, rows: Array, samples: Array) -> Slots:
-    """Puts row rows[slot] of a prefilled batch, sample samples[slot], into each slot; negative: the slot stays."""
-    new = rows >= 0
-    rows, samples = jnp.maximum(rows, 0), jnp.maximum(samples, 0)
+def _admit(slots: Slots, prefilled: Prefilled, to: Array, rows: Array, samples: Array) -> Slots:
+    """Moves rows [m] of a prefilled batch, each in the state of its sample [m], to slots `to` [m].
 
-    def put(old: Array, value: Array) -> Array:
-        """Over the first slots of the old, which may be longer."""
-        there = new.reshape(-1, *[1] * (old.ndim - 1))
-        part = tuple(slice(size) for size in value.shape[1:])
-        value = jnp.where(there, value[rows].astype(old.dtype), old[:, *part])
-        return jax.lax.dynamic_update_slice(old, value, (0,) * old.ndim)
+    A move to a slot that is not there does nothing.
+    """
+
+    def put(old: Array, values: Array) -> Array:
+        """[n, ...] with values [m, ...]; of a longer axis the beginning."""
+        return old.at[to, *map(slice, values.shape[1:])].set(values.astype(old.dtype), mode="drop")
+
+    def take(values: Array) -> Array:
+        return values.at[rows].get(mode="clip")
 
     def of_sample(values: Array) -> Array:
-        return jnp.take_along_axis(values[rows], samples[:, None], axis=1)[:, 0]
+        return jnp.take_along_axis(take(values), samples[:, None], axis=1, mode="clip")[:, 0]
 
-    length = jnp.where(new, prefilled.lengths[rows], slots.length)
-    tokens = put(slots.tokens, prefilled.tokens)
-    first = jnp.where(jnp.arange(tokens.shape[1])[None] == length[:, None], of_sample(prefilled.first)[:, None], tokens)
+    lengths = take(prefilled.lengths)
+    room = ((0, 0), (0, slots.tokens.shape[1] - prefilled.tokens.shape[1]))
+    tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(rows)), lengths].set(of_sample(prefilled.first))
     return place_rows(
         Slots(
-            cache=jax.tree.map(put, slots.cache, prefilled.cache),
-            tokens=jnp.where(new[:, None], first, tokens),
-            prompt=put(slots.prompt, prefilled.lengths),
-            length=length,
-            shift=put(slots.shift, prefilled.shift),
-            draw=jnp.where(new, of_sample(prefilled.draw), slots.draw),
-            state=put(slots.state, prefilled.state),
-            done=slots.done & ~new,
-            capped=slots.capped & ~new,
+            cache=jax.tree.map(lambda old, new: put(old, take(new)), slots.cache, prefilled.cache),
+            tokens=put(slots.tokens, tokens),
+            prompt=put(slots.prompt, lengths),
+            length=put(slots.length, lengths),
+            shift=put(slots.shift, take(prefilled.shift)),
+            draw=put(slots.draw, of_sample(prefilled.draw)),
+            state=put(slots.state, take(prefilled.state)),
+            done=put(slots.done, jnp.zeros(len(rows), bool)),
+            capped=put(slots.capped, jnp.zeros(len(rows), bool)),
         )
     )
 
