@@ -10,7 +10,7 @@ from PIL import Image
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor
 from trace_jax.retrieval import embedder, generation
-from trace_jax.retrieval.embedder import LEAST_LENGTH, Retriever, _rounded
+from trace_jax.retrieval.embedder import LEAST_LENGTH, LEAST_PATCHES, Retriever, _rounded
 
 LONGEST_PROMPT, MOST_PATCHES = 256, 512
 
@@ -55,7 +55,7 @@ def test_packed_documents(wide, files, capsys):
 def test_prompts_one_a_row(wide, files, capsys):
     queries = [Query("more of these" * (i % 5), file, "Find it.") for i, file in enumerate(files)]
     lengths = {_rounded(length, LEAST_LENGTH) for length in range(1, LONGEST_PROMPT + 1)}
-    patches = {_rounded(length, LEAST_LENGTH) for length in range(1, MOST_PATCHES + 1)}
+    patches = {_rounded(length, LEAST_PATCHES) for length in range(1, MOST_PATCHES + 1)}
     before = generation._read.compilations
     results = wide.encode_query(queries, "direct")
     programs, buckets = generation._read.compilations - before, len(lengths) * len(patches)

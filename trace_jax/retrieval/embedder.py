@@ -39,7 +39,8 @@ from trace_jax.training.train import load_model, model_identity, restore_model
 log = logging.getLogger(__name__)
 
 SLACK = 1.04  # room of a packed batch above what a sample needs
-LEAST_LENGTH = 64  # tokens or patches of a row with one prompt
+LEAST_LENGTH = 16  # tokens of a row with one prompt; longer ones are multiples
+LEAST_PATCHES = 64  # patches, likewise
 WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
 
 OnError = Literal["raise", "skip"]
@@ -356,14 +357,15 @@ class Retriever:
             samples=options.samples,
             seed=self.config.training.seed,
         )
-        size = math.ceil(min(options.batch_size, _power_of_two(len(sequences))) / shards) * shards
-        batches = list(_batches(sequences, size))
+        batches = list(_batches(sequences, math.ceil(options.batch_size / shards) * shards))
+        # The last batch of a kind has the next of a few sizes.
+        sizes = [math.ceil(min(options.batch_size, _power_of_two(len(each))) / shards) * shards for each in batches]
         longest = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         count = min(options.batch_size, _power_of_two(len(sequences) * options.samples))
         slots = min(_power_of_two(math.ceil(count / shards)), self._slots_in_memory(decoding.cache_length(longest)))
         inputs = (
             sharding.to_devices(self._one_a_row([sequences[i] for i in members], size), self.mesh)
-            for members in batches
+            for members, size in zip(batches, sizes, strict=True)
         )
         with jax.set_mesh(self.mesh):
             result = generate(
@@ -376,7 +378,7 @@ class Retriever:
                 cache_dtype=self._cache_dtype,
             )
         self.work = self.work.plus(result.work)
-        real = np.concatenate([np.arange(size) < len(members) for members in batches])
+        real = np.concatenate([np.arange(size) < len(each) for each, size in zip(batches, sizes, strict=True)])
         rows = Generation(*(part[real] for part in result[:-1]), result.work)
         return list(itertools.chain(*batches)), rows
 
@@ -398,7 +400,7 @@ class Retriever:
         """Prompts of one kind, left-aligned, dealt to the shards in order, then empty rows up to `count`."""
         length = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         patches = max((len(image.values) for s in sequences for image in s.images), default=0)
-        patches = _rounded(patches, LEAST_LENGTH)
+        patches = _rounded(patches, LEAST_PATCHES)
         rows: list[list[Tokens]] = [[sequence] for sequence in sequences]
         rows += [[]] * (count - len(rows))
         each = [
