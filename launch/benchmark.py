@@ -148,7 +148,7 @@ def engine(
     turns: int = 3,
     json: pathlib.Path | None = None,
 ) -> None:
-    """What reasoning costs: adaptive beside direct, a mixed batch beside the ideal, and what drafts are worth.
+    """What reasoning costs: adaptive beside direct, and a mixed batch beside the ideal.
 
     The ideal for a mixed batch is the time of direct for the queries that do not reason, and of decoding the others
     alone, in the best of several batch sizes.
@@ -184,30 +184,51 @@ def engine(
         "adaptive / direct, simple queries": seconds["direct, simple queries"] / seconds["adaptive, simple queries"],
         "ideal / adaptive, mixed": ideal / seconds["adaptive, mixed"],
     }
-    guesses = {}
-    for size, drafts in itertools.product((1, 8, 128), (0, 2, 4)):
-        guesses[size, drafts] = _variant(retriever, batch_size=size, drafts=drafts)
-    some = {1: hard[:16], 8: hard[:64], 128: hard}
-    drafted = _timed(
-        {
-            f"{size} at once, {drafts} drafts": lambda size=size, guess=guess: guess.encode_query(
-                some[size], "adaptive"
-            )
-            for (size, drafts), guess in guesses.items()
-        },
-        turns,
-    )
-    print()
-    for (size, drafts), (name, each) in zip(guesses, drafted.items(), strict=True):
-        work = guesses[size, drafts].work
-        accepted = (work.tokens / work.useful - 1) / drafts if drafts else 0
-        gain = drafted[f"{size} at once, 0 drafts"] / each
-        ratios[f"speed of {name}"] = gain
-        print(f"{name:36}{each:8.2f} s{accepted:8.0%} accepted, {gain:.2f} times the speed")
     print()
     for name, ratio in ratios.items():
         print(f"{name:36}{ratio:8.3f}")
-    report({"seconds": seconds | drafted, "ratios": ratios, "queries": len(queries), "reason": len(hard)}, json)
+    report({"seconds": seconds, "ratios": ratios, "queries": len(queries), "reason": len(hard)}, json)
+
+
+@app.command
+def drafts(
+    run: str = "runs/quickstart",
+    root: str = "data",
+    count: int = 256,
+    turns: int = 3,
+    json: pathlib.Path | None = None,
+) -> None:
+    """What guessing tokens is worth, for one query at a time, a few, and many.
+
+    Args:
+        run: the folder of a trained run.
+        root: where its release is.
+        count: test queries, simple and complex; those that reason are taken.
+        turns: of each measurement; the median counts.
+        json: where to write the figures.
+    """
+    retriever = _load(run, root)
+    queries, _ = _test_queries(retriever, count)
+    thinks = retriever.encode_query(queries, "adaptive").reasoned
+    hard = [query for query, long in zip(queries, thinks, strict=True) if long]
+    some = {1: hard[:16], 8: hard[:64], 128: hard}  # by how many are decoded at once
+    figures = []
+    for size, taken in some.items():
+        guessing = {number: _variant(retriever, batch_size=size, drafts=number) for number in (0, 2, 4)}
+
+        def encode(guess: Retriever, size: int = size, taken: Sequence[Query] = taken) -> None:
+            for first in range(0, len(taken), size):
+                guess.encode_query(taken[first : first + size], "adaptive")
+
+        runs = {str(number): lambda guess=guess, encode=encode: encode(guess) for number, guess in guessing.items()}
+        seconds = _timed(runs, turns)
+        for number, guess in guessing.items():
+            rate, work = len(taken) / seconds[str(number)], guess.work
+            accepted = (work.tokens / work.useful - 1) / number if number else 0.0
+            gain = seconds["0"] / seconds[str(number)]
+            figures.append({"at_once": size, "drafts": number, "queries_per_second": rate, "accepted": accepted})
+            print(f"{size:4} at once, {number} drafts:{rate:8.1f} queries/s{accepted:6.0%} accepted, {gain:.2f} times")
+    report({"drafts": figures, "reason": len(hard)}, json)
 
 
 def _load(run: str, root: str) -> Retriever:
