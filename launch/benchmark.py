@@ -20,6 +20,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from PIL import Image
@@ -300,7 +301,7 @@ class _Transformers:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         self.torch, self.retriever = torch, retriever
-        self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
         self.limit = retriever.config.evaluation.max_trace_tokens
 
     def batches(self, queries: Sequence[Query], size: int) -> list[tuple[list[int], dict]]:
@@ -323,7 +324,7 @@ class _Transformers:
             "mm_token_type_ids": (tokens == processor.image_pad).astype(np.int32),
         }
         if images:
-            values = [np.asarray(normalize_pixels(image.values, vision)) for image in images]
+            values = [np.asarray(normalize_pixels(jnp.asarray(image.values), vision)) for image in images]
             unit = vision.merge_unit  # units in reading order
             values = [v.reshape(-1, unit, v.shape[1])[i.slots] for v, i in zip(values, images, strict=True)]
             arguments["pixel_values"] = np.concatenate(values).reshape(-1, vision.patch_dim)

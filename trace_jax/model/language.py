@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
                 q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values
             ) -> tuple[Array, LayerCache]:
                 kept = write(keys, k.astype(keys.dtype), lengths), write(values, v.astype(values.dtype), lengths)
-                return attend_to_cache(q, *(part.astype(q.dtype) for part in kept), lengths), kept
+                return attend_to_cache(q, kept[0].astype(q.dtype), kept[1].astype(q.dtype), lengths), kept
 
             x, kept = layer(x, rotary, attend)
             caches.append(kept)

@@ -379,8 +379,8 @@ class Retriever:
             )
         self.work = self.work.plus(result.work)
         real = np.concatenate([np.arange(size) < len(each) for each, size in zip(batches, sizes, strict=True)])
-        rows = Generation(*(part[real] for part in result[:-1]), result.work)
-        return list(itertools.chain(*batches)), rows
+        rows = {name: getattr(result, name)[real] for name in Generation._fields if name != "work"}
+        return list(itertools.chain(*batches)), result._replace(**rows)
 
     def _slots_in_memory(self, length: int) -> int:
         """How many rows of so many slots a shard's devices have room for (`evaluation.cache_gib`): a power of two."""

@@ -70,7 +70,7 @@ def results_path(config: Config, query_set: QuerySet, mode: EvaluationMode) -> e
 def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key: str) -> Encoded | None:
     """The encoded queries of a file; None when they are not there, or of another key, or damaged."""
     try:
-        arrays = artifacts.read_arrays(results_path(config, query_set, mode))
+        arrays: dict[str, Any] = artifacts.read_arrays(results_path(config, query_set, mode))
         if str(arrays.pop("key")) != key:
             return None
         lists = {name: arrays.pop(name).tolist() for name in ("traces", "errors", "seconds")}
