@@ -171,6 +171,7 @@ def engine(
         "adaptive, simple queries": lambda: retriever.encode_query(simple, "adaptive"),
         "adaptive, mixed": lambda: retriever.encode_query(queries, "adaptive"),
         "direct, those that do not reason": lambda: retriever.encode_query(quick, "direct"),
+        "adaptive, those that do not reason": lambda: retriever.encode_query(quick, "adaptive"),
     }
     for size in (32, 64, 128):
         alone = _variant(retriever, batch_size=size)
@@ -183,6 +184,8 @@ def engine(
         print(f"{name:36}{each:8.2f} s")
     ratios = {
         "adaptive / direct, simple queries": seconds["direct, simple queries"] / seconds["adaptive, simple queries"],
+        "the same, where none reasons": seconds["direct, those that do not reason"]
+        / seconds["adaptive, those that do not reason"],
         "ideal / adaptive, mixed": ideal / seconds["adaptive, mixed"],
     }
     print()

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 SLACK = 1.04  # room of a packed batch above what a sample needs
 LEAST_LENGTH = 16  # tokens of a row with one prompt; longer ones are multiples
 LEAST_PATCHES = 64  # patches, likewise
+LEAST_ROWS = 8  # of a batch of prompts, likewise
 WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
 
 OnError = Literal["raise", "skip"]
@@ -358,8 +359,7 @@ class Retriever:
             seed=self.config.training.seed,
         )
         batches = list(_batches(sequences, math.ceil(options.batch_size / shards) * shards))
-        # The last batch of a kind has the next of a few sizes.
-        sizes = [math.ceil(min(options.batch_size, _power_of_two(len(each))) / shards) * shards for each in batches]
+        sizes = [math.ceil(_batch_size(len(members)) / shards) * shards for members in batches]
         longest = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         count = min(options.batch_size, _power_of_two(len(sequences) * options.samples))
         slots = min(_power_of_two(math.ceil(count / shards)), self._slots_in_memory(decoding.cache_length(longest)))
@@ -454,16 +454,25 @@ def _read(model: Qwen2_5_VL, inputs: Inputs, index: jax.Array) -> jax.Array:
     return normalize(take_states(model(inputs), index))
 
 
-def _batches(sequences: Sequence[Tokens], size: int) -> Iterator[list[int]]:
-    """Indices, `size` at a time: those without images, then those with, each by patches and length."""
+def _batches(sequences: Sequence[Tokens], most: int) -> Iterator[list[int]]:
+    """Indices, at most `most` at a time: those without images, then those with, each by patches and length.
+
+    The batches of a kind are equally large, as far as that goes, so that they have one shape.
+    """
 
     def order(i: int) -> tuple[int, int, int]:
         return sum(len(image.values) for image in sequences[i].images), len(sequences[i]), i
 
     for visual in (False, True):
         kind = sorted((i for i, s in enumerate(sequences) if bool(s.images) == visual), key=order)
+        size = math.ceil(len(kind) / math.ceil(len(kind) / most)) if kind else most
         for first in range(0, len(kind), size):
             yield kind[first : first + size]
+
+
+def _batch_size(count: int) -> int:
+    """The next of a few sizes of a batch."""
+    return _rounded(count, LEAST_ROWS) if count > LEAST_ROWS else _power_of_two(count)
 
 
 def _rounded(size: int, least: int) -> int:
