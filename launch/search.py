@@ -14,6 +14,7 @@ from etils import epath
 
 from trace_jax import config
 from trace_jax.retrieval import program, search
+from trace_jax.retrieval.generation import MODES
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--config", default=config.DEFAULT, help=f"the run (default {config.DEFAULT})")
     parser.add_argument("--pool", help="a task such as it2i, global, or a pool's full name; default: images")
     parser.add_argument("--top", type=int, default=5, help="results (default 5)")
-    parser.add_argument("--mode", choices=program.MODES, help="default: the config's")
+    parser.add_argument("--mode", choices=MODES, help="default: the config's")
     parser.add_argument("--output", help="the picture; default <run_dir>/searches/<digest>.png")
     options, overrides = parser.parse_known_args()
     if options.top < 1:

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -135,6 +135,12 @@ class Evaluation:
     mode: Literal["adaptive", "direct", "always"] = "adaptive"
     batch_size: int = 128  # queries or documents embedded at once
     max_trace_tokens: int = 64
+    drafts: int = 0  # tokens guessed a decoding step from what was said before; the traces stay the same
+    temperature: float = 0.0  # 0 writes the likeliest token; above it, tokens are drawn
+    samples: int = 1  # traces drawn for each query, whose embeddings are averaged
+    cache_gib: float = 4.0  # of a device's memory for the keys and values of the rows that are decoded together
+    cache_dtype: Literal["float32", "bfloat16"] | None = None  # of these; None is the model's
+    dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
     mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
@@ -163,6 +169,19 @@ class Config:
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(values: dict[str, Any], kind: Any = Config) -> Any:
+    """What `to_json` gave as a configuration; missing options have their defaults, unknown ones are left out."""
+
+    def read(hint: Any, value: Any) -> Any:
+        inner = next((each for each in (hint, *get_args(hint)) if dataclasses.is_dataclass(each)), None)
+        if isinstance(value, dict) and inner is not None:
+            return from_json(value, inner)
+        return tuple(value) if isinstance(value, list) else value
+
+    hints = get_type_hints(kind)
+    return kind(**{name: read(hints[name], value) for name, value in values.items() if name in hints})
 
 
 class _Named(Protocol):

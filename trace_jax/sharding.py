@@ -91,7 +91,7 @@ def make_mesh(axes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
     return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def data_shards(mesh: jax.sharding.Mesh) -> int:
+def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """S: how many ways a batch is split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 

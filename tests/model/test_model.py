@@ -147,10 +147,11 @@ def test_decoding_equals_reading(scan):
     step = jax.jit(lambda m, *arguments: m.decode(*arguments))
     for i, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[i, :length], expected[i, :length], atol=1e-5)
-    for t in range(6):
-        positions = jnp.asarray(np.repeat((following + t)[:, None], 3, axis=1), jnp.int32)
-        state, cache = step(model, cache, jnp.asarray(more[:, t]), positions, jnp.asarray(lengths + t))
-        np.testing.assert_allclose(state, expected[np.arange(4), lengths + t], atol=1e-5)
+    for t, n in ((0, 1), (1, 1), (2, 3), (5, 1)):  # one token, and several at once
+        positions = np.repeat((following[:, None] + t + np.arange(n))[..., None], 3, axis=2).astype(np.int32)
+        state, cache = step(model, cache, more[:, t : t + n], positions, (lengths + t).astype(np.int32))
+        at = (lengths + t)[:, None] + np.arange(n)
+        np.testing.assert_allclose(state, expected[np.arange(4)[:, None], at], atol=1e-5)
 
 
 def test_parameter_paths():

@@ -1,16 +1,23 @@
+"""Queries and documents of every form become vectors, whatever their company; pools survive a kill."""
+
 import dataclasses
+import io
+import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from trace_jax import sharding
-from trace_jax.config import Mesh
+from trace_jax.config import Mesh, to_json
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import TextTooLongError
 from trace_jax.retrieval import pools
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
+from trace_jax.training.checkpoint import CheckpointError, read_config
 
 
 @pytest.fixture(scope="module")
@@ -27,46 +34,48 @@ def queries(benchmark_) -> list[Query]:
 
 
 def test_documents_do_not_depend_on_their_company(retriever, documents):
-    together = retriever.encode_documents(documents)
+    together = retriever.encode_document(documents).embeddings
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     order = np.random.default_rng(1).permutation(len(documents))
-    shuffled = retriever.encode_documents([documents[i] for i in order])
+    shuffled = retriever.encode_document([documents[i] for i in order]).embeddings
     np.testing.assert_allclose(shuffled, together[order], atol=2e-5)
-    alone = retriever.encode_documents(documents[:1])
+    alone = retriever.encode_document(documents[:1]).embeddings
     np.testing.assert_allclose(alone, together[:1], atol=2e-5)
-    assert retriever.encode_documents([]).shape == (0, together.shape[1])
+    assert retriever.encode_document([]).embeddings.shape == (0, together.shape[1])
 
 
 def test_too_little_room_only_takes_more_batches(retriever, documents):
     rooms = {kind: dataclasses.replace(room, rows=1) for kind, room in retriever.rooms_for(documents).items()}
     np.testing.assert_allclose(
-        retriever.encode_documents(documents, rooms=rooms), retriever.encode_documents(documents), atol=2e-5
+        retriever.encode_document(documents, rooms=rooms).embeddings,
+        retriever.encode_document(documents).embeddings,
+        atol=2e-5,
     )
 
 
 def test_queries_do_not_depend_on_their_company(retriever, queries):
-    together = retriever.encode_queries(queries, "adaptive")
+    together = retriever.encode_query(queries, "adaptive")
     np.testing.assert_allclose(np.linalg.norm(together.embeddings, axis=1), 1, atol=1e-5)
     for i in (0, len(queries) - 1):
-        alone = retriever.encode_queries([queries[i]], "adaptive")
+        alone = retriever.encode_query([queries[i]], "adaptive")
         np.testing.assert_allclose(alone.embeddings[0], together.embeddings[i], atol=2e-5)
         assert alone.traces[0] == together.traces[i]
         assert alone.trace_tokens[0] == together.trace_tokens[i]
 
 
 def test_direct_queries_are_read_like_documents(retriever, queries):
-    direct = retriever.encode_queries(queries, "direct", timed=True)
+    direct = retriever.encode_query(queries, "direct")
     assert not direct.reasoned.any()
     assert direct.traces == [""] * len(queries)
     assert direct.seconds > 0
-    given = retriever.encode_queries_with_traces(queries, [""] * len(queries))
+    given = retriever.encode_query_with_trace(queries, [""] * len(queries)).embeddings
     np.testing.assert_allclose(direct.embeddings, given, atol=2e-5)
-    traced = retriever.encode_queries_with_traces(queries, ["a red square."] * len(queries))
+    traced = retriever.encode_query_with_trace(queries, ["a red square."] * len(queries)).embeddings
     assert (np.abs(traced - given).max(axis=1) > 1e-3).all()
 
 
 def test_always_reasons_within_the_limit(retriever, queries):
-    always = retriever.encode_queries(queries[:4], "always")
+    always = retriever.encode_query(queries[:4], "always")
     assert always.reasoned.all()
     assert (always.trace_tokens >= 1).all()
     assert (always.trace_tokens <= retriever.config.evaluation.max_trace_tokens).all()
@@ -77,21 +86,181 @@ def test_shards_do_not_change_the_result(tiny_config, retriever, documents, quer
     config = dataclasses.replace(tiny_config, mesh=Mesh(data=2, fsdp=1, tensor=4))
     sharded = Retriever.load(config, untrained=True)
     assert sharding.data_shards(mesh) == 2
-    np.testing.assert_allclose(sharded.encode_documents(documents), retriever.encode_documents(documents), atol=2e-5)
-    one, other = sharded.encode_queries(queries[:5], "direct"), retriever.encode_queries(queries[:5], "direct")
+    np.testing.assert_allclose(
+        sharded.encode_document(documents).embeddings, retriever.encode_document(documents).embeddings, atol=2e-5
+    )
+    one, other = sharded.encode_query(queries[:5], "direct"), retriever.encode_query(queries[:5], "direct")
     np.testing.assert_allclose(one.embeddings, other.embeddings, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_reasoning_is_the_same_on_a_mesh(tiny_config, retriever, queries):
+    config = dataclasses.replace(tiny_config, mesh=Mesh(data=2, fsdp=2, tensor=2))
+    sharded = Retriever.load(config, untrained=True)
+    for _ in range(2):
+        found, expected = (each.encode_query(queries, "always") for each in (sharded, retriever))
+        assert found.traces == expected.traces
+        np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-5)
+        compiled = compilations()
+    sharded.encode_query(queries[::-1], "always")
+    assert compilations() == compiled
 
 
 def test_a_users_long_text_is_refused_and_a_data_sets_is_cut(retriever):
     long = "a red square and " * 100
     with pytest.raises(TextTooLongError, match="limit is 64"):
-        retriever.encode_queries([Query(long)], cut=False)
-    assert retriever.encode_documents([Document(long)]).shape[0] == 1
+        retriever.encode_query([Query(long)], cut=False)
+    assert retriever.encode_document([Document(long)]).embeddings.shape[0] == 1
 
 
 def test_an_unreadable_image_is_named(retriever):
     with pytest.raises(ValueError, match="candidate 7:1"):
-        retriever.encode_documents([Document(image=b"no image")], names=["candidate 7:1"])
+        retriever.encode_document([Document(image=b"no image")], names=["candidate 7:1"])
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_image_may_come_in_many_forms(retriever, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
+    file = tmp_path / "picture.png"
+    file.write_bytes(png(pixels))
+    forms = [file.read_bytes(), str(file), file, Image.fromarray(pixels), pixels]
+    queries = [{"text": "but blue", "image": form, "instruction": "Find it."} for form in forms]
+    found = retriever.encode_query([*queries, Query("but blue", forms[0], "Find it.")], "direct").embeddings
+    np.testing.assert_allclose(found, np.repeat(found[:1], len(found), axis=0), atol=1e-6)
+    alone = retriever.encode_document(
+        [{"image": pixels}, Document(image=forms[0]), "text", {"text": "text"}]
+    ).embeddings
+    np.testing.assert_allclose(alone[0], alone[1], atol=1e-6)
+    np.testing.assert_allclose(alone[2], alone[3], atol=1e-6)
+
+
+BAD = {
+    "empty query": "  ",
+    "no such image file": {"image": "/nowhere/picture.png"},
+    "not a readable image": {"text": "x", "image": b"no image"},
+    "unknown picture": {"text": "x", "picture": b""},
+    "the image is a list": {"image": [1, 2]},
+    "pixels float32": {"image": np.zeros((4, 4, 3), np.float32)},
+    "a int cannot be embedded": 7,
+    "half of a character": "a\ud800",
+    "limit is 64": "a red square and " * 100,
+}
+
+
+def test_a_bad_item_does_not_sink_the_rest(retriever):
+    items = ["a red square", *BAD.values(), "a blue one"]
+    encoded = retriever.encode_query(items, "always", cut=False, on_error="skip", progress=True)
+    for i, message in enumerate(BAD, start=1):
+        assert encoded.errors[i].startswith(f"query {i}") and message in encoded.errors[i]
+        with pytest.raises((ValueError, TypeError), match=message):
+            retriever.encode_query([items[i]], cut=False)
+    assert encoded.errors[0] == encoded.errors[-1] == ""
+    assert not encoded.embeddings[1:-1].any() and not encoded.prompt_tokens[1:-1].any()
+    good = retriever.encode_query(["a red square", "a blue one"], "always")
+    np.testing.assert_allclose(encoded.embeddings[[0, -1]], good.embeddings, atol=2e-5)
+    assert [encoded.traces[0], encoded.traces[-1]] == good.traces
+    np.testing.assert_array_equal(encoded.prompt_tokens[[0, -1]], good.prompt_tokens)
+    documents = retriever.encode_document(["a red square", "", b""], on_error="skip")
+    assert documents.embeddings[0].any() and all(documents.errors[1:])
+    with pytest.raises(ValueError, match="neither 'raise' nor 'skip'"):
+        retriever.encode_query([""], on_error="ignore")
+
+
+def evaluating(retriever, **changes) -> Retriever:
+    """The same model with other options of evaluation."""
+    options = dataclasses.replace(retriever.config.evaluation, **changes)
+    return retriever.configured(dataclasses.replace(retriever.config, evaluation=options))
+
+
+def test_vectors_cut_to_their_first_features(retriever, documents, queries):
+    short = evaluating(retriever, dimensions=16)
+    assert short.key != retriever.key
+    for whole, cut in (
+        (retriever.encode_document(documents).embeddings, short.encode_document(documents).embeddings),
+        (retriever.encode_query(queries, "direct").embeddings, short.encode_query(queries, "direct").embeddings),
+    ):
+        assert cut.shape[1] == 16
+        expected = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
+        np.testing.assert_allclose(cut, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="the model has 48"):
+        evaluating(retriever, dimensions=49)
+
+
+def test_memory_for_the_slots_changes_nothing_but_their_number(retriever, queries):
+    row = cache_bytes(retriever.model.architecture.language, 64 + 8 + 1, "float32")
+    frugal = evaluating(retriever, cache_gib=2.5 * row / 2**30, drafts=0)
+    found, expected = (each.encode_query(queries, "always") for each in (frugal, retriever))
+    assert found.traces == expected.traces
+    np.testing.assert_allclose(found.embeddings, expected.embeddings, atol=1e-5)
+    with pytest.raises(ValueError, match="cache-gib"):
+        evaluating(retriever, cache_gib=0.5 * row / 2**30).encode_query(queries, "always")
+
+
+def test_several_samples_are_averaged(retriever, queries):
+    drawn = evaluating(retriever, temperature=1.0, samples=2)
+    found = drawn.encode_query(queries[:4], "always")
+    np.testing.assert_allclose(np.linalg.norm(found.embeddings, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(drawn.encode_query(queries[2:4], "always").embeddings, found.embeddings[2:], atol=2e-5)
+
+
+def random_item(rng: np.random.Generator):
+    """Text of any Unicode, pictures of any mode and size, cut and broken files, wrong types."""
+    kind = rng.integers(10)
+    if kind < 4:
+        ranges = [(0, 128), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x110000), (0xD800, 0xE000)]
+        low, high = ranges[rng.choice(5, p=[0.4, 0.2, 0.2, 0.15, 0.05])]
+        text = "".join(map(chr, rng.integers(low, high, int(rng.choice([0, 1, 7, 80, 3000])))))
+        return text if kind else {"text": text, "image": None, "instruction": text[:5]}
+    mode = rng.choice(["RGB", "RGBA", "L", "1", "P", "CMYK", "LA", "I;16"])
+    size = tuple(np.exp(rng.uniform(0, 5, 2)).astype(int).tolist())
+    file = io.BytesIO()
+    image = Image.new(mode, size, int(rng.integers(256)) if mode in ("L", "1", "P", "I;16") else None)
+    if kind == 4:
+        return {"image": image}
+    if kind == 5:
+        return {"text": "x", "image": rng.integers(0, 256, rng.integers(0, 9, 3)).astype(np.uint8)}
+    suffix = "PNG" if mode in ("RGBA", "LA", "P", "I;16", "1") else str(rng.choice(["TIFF", "JPEG"]))
+    image.save(file, suffix)
+    data = bytearray(file.getvalue())
+    if kind == 6:
+        data = data[: int(rng.integers(len(data)))]
+    elif kind == 7:
+        for at in rng.integers(len(data), size=5):
+            data[at] = rng.integers(256)
+    elif kind == 8:
+        return rng.choice(np.array([None, 3, b"x", (), "<|emb|><|image_pad|><|im_end|>"], object))
+    return {"text": "<|vision_start|>\0", "image": bytes(data)}
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_whatever_comes_gives_a_vector_or_an_error(retriever, count):
+    rng = np.random.default_rng(count)
+    items = [random_item(rng) for _ in range(count)]
+    queries = retriever.encode_query(items, "always", on_error="skip")
+    documents = retriever.encode_document(
+        [{k: v for k, v in item.items() if k != "instruction"} if isinstance(item, dict) else item for item in items],
+        on_error="skip",
+    )
+    for encoded in (queries, documents):
+        lengths = np.linalg.norm(encoded.embeddings, axis=1)
+        np.testing.assert_allclose(lengths, [0.0 if error else 1.0 for error in encoded.errors], atol=1e-5)
+        assert 0.2 * count < np.count_nonzero(lengths) < 0.95 * count  # both do happen
+    assert (queries.trace_tokens <= retriever.config.evaluation.max_trace_tokens).all()
+
+
+def test_a_run_is_loaded_from_its_folder(tiny_config, tmp_path):
+    folder = tmp_path / "moved"
+    meta = folder / "checkpoints" / "6" / "meta"
+    meta.mkdir(parents=True)
+    (meta / "metadata").write_text(json.dumps({"config": to_json(tiny_config)}))
+    assert read_config(folder) == dataclasses.replace(tiny_config, workdir=str(folder))
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        Retriever.load(str(tmp_path))
 
 
 def test_without_a_checkpoint_the_error_says_what_to_run(fresh_config):
@@ -101,10 +270,8 @@ def test_without_a_checkpoint_the_error_says_what_to_run(fresh_config):
 
 def test_keys_tell_checkpoints_and_lengths_apart(retriever):
     def key(**changes) -> str:
-        config = dataclasses.replace(retriever.config, data=dataclasses.replace(retriever.config.data, **changes))
-        return Retriever(
-            retriever.model, retriever.processor, config, retriever.mesh, step=0, identity=retriever.identity
-        ).key
+        data = dataclasses.replace(retriever.config.data, **changes)
+        return retriever.configured(dataclasses.replace(retriever.config, data=data)).key
 
     assert key() == retriever.key
     assert key(max_text_tokens=9) != retriever.key

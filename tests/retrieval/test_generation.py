@@ -1,4 +1,4 @@
-"""Generation against a naive loop of full forward passes, routing, capping, and compaction."""
+"""Generation against a naive loop of full forward passes, whatever shares its batches and slots."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
-from trace_jax.retrieval import generation
-from trace_jax.retrieval.generation import generate
+from trace_jax.retrieval.generation import Decoding, Generation, compilations, generate
 
 SEQUENCES = [
     tiny.sequence(10, 5, [(16, 16)]),
@@ -34,15 +33,17 @@ def model() -> Qwen2_5_VL:
     return model
 
 
-def run(model, sequences, mode="adaptive", limit=LIMIT):
-    return generate(
-        model,
-        tiny.prompts(sequences),
-        emb_token_id=tiny.EMB,
-        end_token_id=tiny.TURN_END,
-        max_new_tokens=limit,
-        mode=mode,
-    )
+def run(model, sequences, mode="adaptive", limit=LIMIT, batch=3, slots=8, **options):
+    """Generation over batches of so many rows; the last one is filled up with empty rows."""
+    batches = []
+    for first in range(0, len(sequences), batch):
+        part = list(sequences[first : first + batch])
+        inputs = tiny.prompts(part + part[:1] * (batch - len(part)))
+        inputs.segments[:, len(part) :] = 0
+        batches.append(inputs)
+    decoding = Decoding((tiny.EMB, tiny.TURN_END), limit, **options)
+    result = generate(model, batches, decoding, longest=64, slots=slots, mode=mode)
+    return Generation(*(part[: len(sequences)] for part in result[:-1]), result.work)
 
 
 def naive(model, sequence, mode, limit=LIMIT):
@@ -87,6 +88,54 @@ def test_both_routes_are_taken(model):
     assert always.reasoned.all() and 0 < always.capped.sum() < len(SEQUENCES)
 
 
+def many(count: int, seed: int = 0) -> list:
+    """Prompts of many lengths, a third of them with a picture."""
+    rng = np.random.default_rng(seed)
+    return [
+        tiny.sequence(100 * seed + i, int(rng.integers(2, 20)), [(16, 16)] if rng.random() < 1 / 3 else [])
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """40 prompts one by one, always reasoning."""
+    sequences = many(40)
+    return sequences, [naive(model, sequence, "always") for sequence in sequences]
+
+
+@pytest.mark.parametrize(("slots", "batch", "drafts"), [(1, 4, 0), (8, 8, 0), (8, 8, 3), (16, 4, 2), (32, 16, 0)])
+def test_any_batch_and_any_slots_give_the_same(model, expected, slots, batch, drafts):
+    sequences, alone = expected
+    order = np.random.default_rng(slots).permutation(len(sequences))
+    result = run(model, [sequences[i] for i in order], "always", batch=batch, slots=slots, drafts=drafts)
+    assert result.traces() == [alone[i][1] for i in order]
+    assert result.capped.tolist() == [alone[i][2] for i in order]
+    np.testing.assert_allclose(result.embeddings, np.stack([alone[i][0] for i in order]), atol=1e-5)
+
+
+def test_hardly_a_step_is_spent_on_rows_that_have_ended(model, expected):
+    sequences, alone = expected
+    work = run(model, sequences, "always", batch=8, slots=8).work
+    assert work.useful == sum(len(trace) for _, trace, _ in alone) == work.tokens
+    assert work.useful > 0.75 * work.passes  # the last rows end in 8 slots of which few are in use
+
+
+def test_drafts_save_steps(model):
+    """A model that repeats itself is one that drafts can guess."""
+    sequences = many(12, seed=1)
+    plain, guessed = (run(model, sequences, "always", 40, slots=16, drafts=drafts) for drafts in (0, 4))
+    np.testing.assert_array_equal(plain.tokens, guessed.tokens)
+    assert guessed.work.tokens == plain.work.tokens
+    assert guessed.work.steps < plain.work.steps
+
+
+def test_direct_rows_are_not_decoded(model):
+    adaptive = run(model, SEQUENCES)
+    assert adaptive.work.tokens == adaptive.lengths.sum() > 0
+    assert run(model, SEQUENCES, "direct").work.steps == 0
+
+
 def test_cap(model):
     long = run(model, SEQUENCES, "always")
     short = run(model, SEQUENCES, "always", 1)
@@ -95,34 +144,53 @@ def test_cap(model):
     np.testing.assert_array_equal(short.capped, lengths > 1)
 
 
-@pytest.mark.parametrize("order", [[0], [4, 1], [5, 3, 1], [5, 4, 3, 2, 1, 0]])
-def test_rows_do_not_depend_on_the_batch(model, order):
-    whole = run(model, SEQUENCES, "always")
-    part = run(model, [SEQUENCES[i] for i in order], "always")
-    np.testing.assert_array_equal(part.tokens, whole.tokens[order])
-    np.testing.assert_allclose(part.embeddings, whole.embeddings[order], atol=1e-5)
+def test_a_model_that_never_ends_is_stopped_and_reported(model):
+    never = nnx.clone(model)
+    never.lm_head.kernel[...] = never.lm_head.kernel[...].at[:, tiny.TURN_END].set(0.0)
+    never.emb_row[...] = 0 * never.emb_row[...]
+    result = run(never, SEQUENCES, "always", drafts=2)
+    assert result.capped.all() and (result.lengths == LIMIT).all()
+    for i, sequence in enumerate(SEQUENCES):
+        np.testing.assert_allclose(result.embeddings[i], naive(never, sequence, "always")[0], atol=1e-5)
 
 
-def test_direct_rows_are_not_decoded(model, monkeypatch):
-    sizes = []
-    original = generation._decode
-
-    def spy(model, prefilled, rows, idle, **options):
-        sizes.append((len(rows), int((~idle).sum())))
-        return original(model, prefilled, rows, idle, **options)
-
-    monkeypatch.setattr(generation, "_decode", spy)
-    reasoned = int(run(model, SEQUENCES).reasoned.sum())
-    assert sizes == [(1 << (reasoned - 1).bit_length(), reasoned)]
-    run(model, SEQUENCES, "direct")
-    assert len(sizes) == 1
+def test_nothing_is_compiled_after_the_first_time(model):
+    for drafts in (0, 2):
+        run(model, many(20, seed=2), "always", batch=8, slots=16, drafts=drafts)
+        before = compilations()
+        assert before[0] > 0 and before[1] > 0
+        run(model, many(37, seed=3), "always", batch=8, slots=16, drafts=drafts)
+        run(model, many(9, seed=4), "always", batch=8, slots=16, drafts=drafts)
+        assert compilations() == before
 
 
-def test_same_shapes_compile_once(model):
-    run(model, SEQUENCES, "always")
-    before = generation._decode._cache_size(), generation._prefill._cache_size()
-    run(model, SEQUENCES[::-1], "always")
-    assert before == (generation._decode._cache_size(), generation._prefill._cache_size())
+def test_a_cache_of_less_precision(model):
+    """Rows whose trace stays the same end near the same state."""
+    full = run(model, SEQUENCES, "always", 1)
+    decoding = Decoding((tiny.EMB, tiny.TURN_END), 1)
+    half = generate(
+        model, [tiny.prompts(SEQUENCES)], decoding, longest=64, slots=8, mode="always", cache_dtype="bfloat16"
+    )
+    np.testing.assert_array_equal(half.tokens, full.tokens)
+    np.testing.assert_allclose(half.embeddings, full.embeddings, atol=0.02)
+    assert np.abs(half.embeddings - full.embeddings).max() > 0
+
+
+def test_samples_belong_to_the_prompt_alone(model):
+    sequences = many(10, seed=5)
+    one = run(model, sequences, "always", temperature=0.7)
+    order = np.random.default_rng(0).permutation(len(sequences))
+    mixed = [sequences[i] for i in order]
+    other = run(model, mixed, "always", batch=5, slots=4, temperature=0.7, samples=3, drafts=2)
+    np.testing.assert_array_equal(other.tokens, one.tokens[order])  # the first of three
+    assert (np.abs(other.embeddings - one.embeddings[order]).max(axis=1) > 1e-3).any()
+    np.testing.assert_allclose(np.linalg.norm(other.embeddings, axis=1), 1, atol=1e-6)
+    assert run(model, sequences, "always", temperature=0.7, seed=1).traces() != one.traces()
+
+
+def test_a_low_temperature_is_greedy(model):
+    cold = run(model, SEQUENCES, "always", temperature=1e-6)
+    np.testing.assert_array_equal(cold.tokens, run(model, SEQUENCES, "always").tokens)
 
 
 def test_errors(model):
@@ -130,5 +198,9 @@ def test_errors(model):
         run(model, SEQUENCES, "sometimes")
     with pytest.raises(ValueError, match="at least one"):
         run(model, SEQUENCES, limit=0)
+    with pytest.raises(ValueError, match="same trace"):
+        run(model, SEQUENCES, samples=2)
     with pytest.raises(ValueError, match="one left-aligned sequence"):
-        generate(model, tiny.inputs(), emb_token_id=1, end_token_id=2, max_new_tokens=3)
+        generate(model, [tiny.inputs()], Decoding((1,), 3), longest=128, slots=4)
+    with pytest.raises(ValueError, match="over the longest"):
+        generate(model, [tiny.prompts(SEQUENCES)], Decoding((1,), 3), longest=32, slots=4)

@@ -1,10 +1,14 @@
+import json
+
 import numpy as np
 import pytest
 from etils import epath
 
 from trace_jax.retrieval import index as index_module
 from trace_jax.retrieval.artifacts import MARK, MissingStageError
-from trace_jax.retrieval.index import SearchIndex, exact_search, kind_for, recall_against
+from trace_jax.retrieval.benchmark import did_of
+from trace_jax.retrieval.index import SearchIndex, exact_search, export_vertex, kind_for, recall_against
+from trace_jax.retrieval.pools import CandidateVectors
 
 
 def vectors(count: int, width: int = 16, seed: int = 0) -> np.ndarray:
@@ -28,6 +32,40 @@ def test_exact_search_ranks_ties_by_row(chunk):
     np.testing.assert_array_equal(rows[1:], expected[1:])
     np.testing.assert_allclose(scores, np.take_along_axis(queries @ x.T, rows, axis=1), atol=1e-6)
     assert exact_search(queries, x[:4], 10, chunk=chunk)[0].shape == (10, 4)
+
+
+@pytest.mark.parametrize("largest", [1000, 20, 7])
+def test_searchers_of_a_large_pool_are_merged(tmp_path, largest):
+    x = with_ties()
+    index = SearchIndex.build(x, np.arange(50), largest=largest)
+    assert index.about["searchers"] == -(-50 // largest)
+    index.save(epath.Path(tmp_path) / "pool")
+    for each in (index, SearchIndex.load(epath.Path(tmp_path) / "pool")):
+        rows, scores = each.search(x, 12)
+        expected, expected_scores = exact_search(x, x, 12)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+
+
+def test_more_ties_than_are_asked_for_are_ranked_by_row():
+    x = vectors(400)
+    x[::2] = x[0]
+    rows, _ = SearchIndex.build(x, np.arange(400)).search(x[:1], 5)
+    assert rows[0].tolist() == [0, 2, 4, 6, 8]
+
+
+def test_vertex_gets_every_vector(evaluated, benchmark_, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "EXPORTED", 100)
+    pool, store = benchmark_.all_pools[0], CandidateVectors(evaluated[0], benchmark_)
+    ids = benchmark_.ids(pool)
+    assert export_vertex(evaluated[0], benchmark_, pool, epath.Path(tmp_path)) == len(ids)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == -(-len(ids) // 100)
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [did_of(int(did)) for did in ids]
+    np.testing.assert_array_equal(
+        np.array([line["embedding"] for line in lines], np.float32), store.read(store.candidates.rows(ids))
+    )
 
 
 def test_an_index_comes_back_from_disk(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor
 from trace_jax.retrieval import embedder, generation
-from trace_jax.retrieval.embedder import LEAST_LENGTH, Retriever, _rounded
+from trace_jax.retrieval.embedder import LEAST_LENGTH, LEAST_PATCHES, Retriever, _rounded
 
 LONGEST_PROMPT, MOST_PATCHES = 256, 512
 
@@ -43,7 +43,7 @@ def files() -> list[bytes]:
 def test_packed_documents(wide, files, capsys):
     documents = [Document("a picture" * (i % 3), file) for i, file in enumerate(files)]
     before = embedder._read._cache_size()
-    vectors = wide.encode_documents(documents, rooms=wide.rooms_for(documents[:200]))
+    vectors = wide.encode_document(documents, rooms=wide.rooms_for(documents[:200])).embeddings
     programs, buckets = embedder._read._cache_size() - before, 1  # all of them have an image
     with capsys.disabled():
         print(f"\n{len(documents)} documents of random sizes: {programs} programs, {buckets} bucket")
@@ -55,10 +55,10 @@ def test_packed_documents(wide, files, capsys):
 def test_prompts_one_a_row(wide, files, capsys):
     queries = [Query("more of these" * (i % 5), file, "Find it.") for i, file in enumerate(files)]
     lengths = {_rounded(length, LEAST_LENGTH) for length in range(1, LONGEST_PROMPT + 1)}
-    patches = {_rounded(length, LEAST_LENGTH) for length in range(1, MOST_PATCHES + 1)}
-    before = generation._read._cache_size()
-    results = wide.encode_queries(queries, "direct")
-    programs, buckets = generation._read._cache_size() - before, len(lengths) * len(patches)
+    patches = {_rounded(length, LEAST_PATCHES) for length in range(1, MOST_PATCHES + 1)}
+    before = generation._read.compilations
+    results = wide.encode_query(queries, "direct")
+    programs, buckets = generation._read.compilations - before, len(lengths) * len(patches)
     with capsys.disabled():
         print(f"\n{len(queries)} prompts with images of random sizes: {programs} programs, {buckets} buckets")
     assert np.isfinite(results.embeddings).all()

@@ -79,13 +79,13 @@ def expected(retriever, picture) -> list[tuple]:
     ]
     found = []
     for mode in ("adaptive", "direct"):
-        results = retriever.encode_queries(queries, mode)
+        results = retriever.encode_query(queries, mode)
         for query, embedding, trace in zip(queries, results.embeddings, results.traces, strict=True):
             text = instructions.format_query(query.instruction, query.text)
             arguments = {"text": text, "image": query.image and picture, "reason": mode == "adaptive"}
             found.append((arguments, embedding, trace))
         assert mode == "direct" or results.reasoned.any()
-    document = retriever.encode_documents([Document(text="a red car", image=png)])[0]
+    document = retriever.encode_document([Document(text="a red car", image=png)]).embeddings[0]
     found.append(({"text": "A red car.", "image": picture, "role": "document"}, document, ""))
     return found
 

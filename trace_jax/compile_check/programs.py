@@ -215,24 +215,27 @@ def generation_programs(config: Config, architecture: Architecture, mesh: jax.sh
         patch_rows=rows,
         patches=data.patch_row_length,
     )
-    prefill = Program("prefill", generation._prefill, (model, inputs), {"forbidden": ()}, model, ())
-    with jax.set_mesh(mesh):
-        prefilled = jax.eval_shape(
-            lambda model, inputs: generation._prefill(model, inputs, forbidden=()), model, inputs
-        )
+    decoding = generation.Decoding(
+        (architecture.language.vocab_size - 1,), options.max_trace_tokens, drafts=options.drafts
+    )
+    how = {"decoding": decoding, "mode": "adaptive"}
+    prefill = Program("prefill", generation._prefill.jitted, (model, inputs), how, model, ())
+    length = decoding.cache_length(prompt_length(config, architecture))
     heads = "tensor" if architecture.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    prefilled = jax.tree.map(
+    slots = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape,
             leaf.dtype,
             sharding=NamedSharding(mesh, P(sharding.BATCH_AXES, *([heads] if leaf.ndim == 4 else []))),
         ),
-        prefilled,
+        jax.eval_shape(
+            lambda: generation._empty_slots(
+                architecture.language, options.batch_size, length, options.cache_dtype or config.model.dtype
+            )
+        ),
     )
-    chosen = jax.ShapeDtypeStruct((options.batch_size,), jnp.int32, sharding=sharding.replicated(mesh))
-    idle = jax.ShapeDtypeStruct((options.batch_size,), jnp.bool_, sharding=sharding.replicated(mesh))
-    stops = {"stops": (architecture.language.vocab_size - 1,), "max_new_tokens": options.max_trace_tokens}
-    decode = Program("decode", generation._decode, (model, prefilled, chosen, idle), stops, model, ())
+    least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+    decode = Program("decode", generation._decode.jitted, (model, slots, least), {"decoding": decoding}, model, ())
     return [prefill, decode]
 
 

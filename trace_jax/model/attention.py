@@ -52,26 +52,36 @@ def attention(
     if backend == "splash":
         return _splash(q, k, v, segments_q, segments_kv, causal)
     if not causal:
-        return _attend(q, k, v, segments_q, segments_kv, None)
+        return _attend(q, k, v, _same_segment(segments_q, segments_kv))
     block = length // CAUSAL_BLOCKS if length >= 128 and length % CAUSAL_BLOCKS == 0 else length
     parts = []
     for start in range(0, length, block):  # a block of queries leaves out the keys after it
-        rows, seen = slice(start, start + block), slice(0, start + block)
-        parts.append(
-            _attend(q[:, :, rows], k[:, :, seen], v[:, :, seen], segments_q[:, rows], segments_kv[:, seen], start)
-        )
+        rows, keys = slice(start, start + block), slice(0, start + block)
+        earlier = jnp.tril(jnp.ones((block, start + block), bool), start)[None]
+        seen = earlier & _same_segment(segments_q[:, rows], segments_kv[:, keys])
+        parts.append(_attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen))
     return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
 
 
-def _attend(  # noqa: PLR0917 (the six arrays and numbers of one product)
-    q: Array, k: Array, v: Array, segments_q: Array, segments_kv: Array, offset: int | None
-) -> Array:
-    """Shapes as `attention`. With an offset, query i sees the slots up to i + offset; None sees all."""
+def attend_to_cache(q: Array, k: Array, v: Array, lengths: Array) -> Array:
+    """Attention of the next tokens to a cache that holds them already; scaled, and in float32, as `attention`.
+
+    q [rows, heads, n, head_dim]; k, v [rows, kv_heads, slots, head_dim]; token i of a row stands in slot
+    lengths[row] + i and sees the slots up to its own. Returns [rows, heads, n, head_dim].
+    """
+    own = lengths[:, None] + jnp.arange(q.shape[2], dtype=jnp.int32)[None]
+    return _attend(q, k, v, jnp.arange(k.shape[2], dtype=jnp.int32)[None, None] <= own[:, :, None])
+
+
+def _same_segment(segments_q: Array, segments_kv: Array) -> Array:
+    """[rows, length_q], [rows, length_kv] -> [rows, length_q, length_kv] bool."""
+    return (segments_q[:, :, None] == segments_kv[:, None, :]) & (segments_q > 0)[:, :, None]
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """Shapes as `attention`; mask [rows, length_q, length_kv] bool: who sees whom."""
     rows, heads, length, width = q.shape
     kv_heads, slots = k.shape[1:3]
-    mask = (segments_q[:, :, None] == segments_kv[:, None, :]) & (segments_q > 0)[:, :, None]
-    if offset is not None:
-        mask &= jnp.tril(jnp.ones((length, slots), bool), offset)[None]
     mask = mask[:, None, None]
     grouped = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(rows, kv_heads, -1, width)
     scores = jnp.einsum("bhqd,bhkd->bhqk", grouped, k, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The decoder: grouped-query attention with M-RoPE over packed rows, and one token at a time over a KV cache."""
+"""The decoder: grouped-query attention with M-RoPE over packed rows, and a few tokens at a time over a KV cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from flax import nnx
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import Backend, attention
+from trace_jax.model.attention import Backend, attend_to_cache, attention
 from trace_jax.model.layers import (
     DTypes,
     Linear,
@@ -176,27 +176,24 @@ class Decoder(nnx.Module):
         return self.norm(x), () if cache_length is None else tuple(kept)
 
     def decode(self, x: Array, positions: Array, cache: Cache, lengths: Array) -> tuple[Array, Cache]:
-        """One token a row: x [rows, hidden], positions [rows, 3], lengths [rows] int32: slots filled so far.
+        """The next n tokens of every row: x [rows, n, hidden], positions [rows, n, 3], lengths [rows] int32.
 
-        The token takes slot lengths[row] and sees the slots up to its own. Returns its state after the final norm
-        [rows, hidden] float32, and the cache with the token in it. Unrolled over layers whatever `scan_layers` says;
-        attention is XLA's, whose one row of scores is small.
+        The tokens take the slots from lengths[row], the number of slots filled so far, and see the slots up to their
+        own. Returns their states after the final norm [rows, n, hidden] float32, and the cache with the tokens in it,
+        which may be of another dtype than the states. Unrolled over layers whatever `scan_layers` says; attention is
+        XLA's, whose few rows of scores are small.
         """
-        rotary = self._rotary(positions[:, None])
-        slots = cache[0][0].shape[2]
-        seen = (jnp.arange(slots)[None] <= lengths[:, None]).astype(jnp.int32)
+        rotary = self._rotary(positions)
         write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1))
-        x, caches = x[:, None], []
+        caches = []
         for layer, (keys, values) in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
 
             def attend(
                 q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values
             ) -> tuple[Array, LayerCache]:
-                kept = write(keys, k, lengths), write(values, v, lengths)
-                ones = jnp.ones((q.shape[0], 1), jnp.int32)
-                y = attention(q, *kept, segments_q=ones, segments_kv=seen, causal=False, backend="xla")
-                return y, kept
+                kept = write(keys, k.astype(keys.dtype), lengths), write(values, v.astype(values.dtype), lengths)
+                return attend_to_cache(q, kept[0].astype(q.dtype), kept[1].astype(q.dtype), lengths), kept
 
             x, kept = layer(x, rotary, attend)
             caches.append(kept)
-        return self.norm(x[:, 0]), tuple(caches)
+        return self.norm(x), tuple(caches)

@@ -182,8 +182,9 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         return self._read(inputs, visual, cache_length)
 
     def decode(self, cache: Cache, tokens: Array, positions: Array, lengths: Array) -> tuple[Array, Cache]:
-        """Reads one token a row: tokens [rows], positions [rows, 3], lengths [rows] int32: slots filled before it.
+        """Reads the next n tokens of every row: tokens [rows, n], positions [rows, n, 3], lengths [rows] int32.
 
-        Returns its states [rows, D] float32 and the cache with the token at slot lengths[row].
+        `lengths` are the slots filled before them. Returns their states [rows, n, D] float32 and the cache with the
+        tokens in the slots from lengths[row].
         """
         return self.language.decode(self.embed(tokens), positions, cache, lengths)

@@ -8,14 +8,19 @@ of float arithmetic.
 
 import collections
 import dataclasses
+import itertools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from tqdm import tqdm
 
 from trace_jax import sharding
 from trace_jax.config import Config
@@ -25,27 +30,60 @@ from trace_jax.data.schema import Document, Inputs, Query
 from trace_jax.data.tokenizer import Processor, append
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.artifacts import MissingStageError, key_of
-from trace_jax.retrieval.generation import Generation, Mode, generate
+from trace_jax.retrieval.generation import Decoding, Generation, Mode, Work, cache_bytes, compilations, generate
+from trace_jax.retrieval.items import Item, read_document, read_query
+from trace_jax.training.checkpoint import read_config
 from trace_jax.training.losses import normalize, take_states
 from trace_jax.training.train import load_model, model_identity, restore_model
 
 log = logging.getLogger(__name__)
 
 SLACK = 1.04  # room of a packed batch above what a sample needs
-LEAST_LENGTH = 64  # tokens or patches of a row with one prompt
+LEAST_LENGTH = 16  # tokens of a row with one prompt; longer ones are multiples
+LEAST_PATCHES = 64  # patches, likewise
+LEAST_ROWS = 8  # of a batch of prompts, likewise
 WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
+
+OnError = Literal["raise", "skip"]
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryResults:
-    """Encoded queries, in the order given; n queries, D features."""
+class Encoded:
+    """Queries or documents as vectors, in the order given; n of them, d features. Documents have no traces."""
 
-    embeddings: np.ndarray  # [n, D] float32, L2-normalised
+    embeddings: np.ndarray  # [n, d] float32, L2-normalised; zeros for an item that was skipped
+    errors: list[str]  # why an item was skipped; "" where it was not
+    prompt_tokens: np.ndarray  # [n] int32: what was read, visual tokens too
     traces: list[str]  # what the model wrote before <|emb|>; "" where it wrote nothing
     trace_tokens: np.ndarray  # [n] int32: the length of the trace
     reasoned: np.ndarray  # [n] bool: the first token was not <|emb|>
     capped: np.ndarray  # [n] bool: the trace reached its limit before <|emb|>
-    seconds: float  # wall time, without what warming up took
+    seconds: float  # wall time, without what compiling took
+
+    @classmethod
+    def blank(cls, count: int, width: int) -> "Encoded":
+        """Nothing yet."""
+        return cls(
+            embeddings=np.zeros((count, width), np.float32),
+            errors=[""] * count,
+            prompt_tokens=np.zeros(count, np.int32),
+            traces=[""] * count,
+            trace_tokens=np.zeros(count, np.int32),
+            reasoned=np.zeros(count, bool),
+            capped=np.zeros(count, bool),
+            seconds=0.0,
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """One after another; at least one."""
+
+        def join(values: list[Any]) -> Any:
+            if isinstance(values[0], float):
+                return sum(values)
+            return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
+
+        return cls(**{f.name: join([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +123,25 @@ class Retriever:
             data.max_pixels,
             runs.dtype,
             runs.param_dtype,
+            *([config.evaluation.dimensions] if config.evaluation.dimensions else []),
         )
-        self.width = model.architecture.language.hidden_size  # D
+        options, hidden = config.evaluation, model.architecture.language.hidden_size
+        if options.dimensions is not None and not 0 < options.dimensions <= hidden:
+            raise ValueError(f"--evaluation.dimensions {options.dimensions}: the model has {hidden}")
+        self.width = options.dimensions or hidden  # d
+        self.work = Work()  # of all decoding so far
         self._shards = sharding.data_shards(mesh)
-        self._warm: set[tuple] = set()
+        self._cache_dtype = jnp.dtype(config.evaluation.cache_dtype or model.dtype)
 
     @classmethod
-    def load(cls, config: Config, *, untrained: bool = False) -> "Retriever":
-        """The base of `config` with the newest good checkpoint of its run, or alone when `untrained`.
+    def load(cls, run: Config | str | os.PathLike, *, untrained: bool = False) -> "Retriever":
+        """The newest good checkpoint of a run, with its base; or the base alone, when `untrained`.
 
+        `run` is the run's configuration, or its folder, local or gs://, whose checkpoint holds the configuration.
         Raises MissingStageError when the run has no checkpoint, CheckpointError when none of them can be
         read or they belong to another model.
         """
+        config = run if isinstance(run, Config) else read_config(run)
         folder = epath.Path(config.run_dir) / "checkpoints"
         if not untrained and not (folder.exists() and any(path.name.isdigit() for path in folder.iterdir())):
             raise MissingStageError(
@@ -115,37 +160,49 @@ class Retriever:
             log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
 
+    def configured(self, config: Config) -> "Retriever":
+        """The same model under other options."""
+        return Retriever(self.model, self.processor, config, self.mesh, step=self.step, identity=self.identity)
+
     # ---- documents, and queries whose trace is given -----------------------------------------------------
 
-    def encode_documents(
+    def encode_document(
         self,
-        documents: Sequence[Document],
+        documents: Sequence[Item],
         *,
         names: Sequence[str] | None = None,
         rooms: dict[bool, Room] | None = None,
         cut: bool = True,
-    ) -> np.ndarray:
-        """Documents as vectors: [n, D] float32, L2-normalised, in the order given.
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> Encoded:
+        """Documents as vectors; they never reason (paper Sec. 3.1). See `Encoded`, and `read_document` for the items.
 
         `rooms` (from `rooms_for` a sample) keeps the shapes of a long job the same from call to call. A
         text over `data.max_text_tokens` is cut, or refused with TextTooLongError when `cut` is False.
-        Raises ValueError for an image that cannot be read, naming it as in `names`.
+
+        An item that cannot be read, an image that is none or a text that is refused, raises ValueError or
+        TypeError, naming it as in `names`, by default by its number; with `on_error` "skip" it gets zeros for
+        a vector and its message in `errors`. `progress` shows a bar.
         """
 
-        def tokenize(i: int) -> Tokens:
-            return self.processor.document(documents[i], names[i] if names else "", cut=cut)
+        def tokenize(i: int, name: str) -> Tokens:
+            return self.processor.document(read_document(documents[i]), name, cut=cut)
 
-        return self._encode_packed(len(documents), tokenize, rooms)
+        reader = _Reader(tokenize, "document", names, on_error)
+        return self._encode_packed(len(documents), reader, rooms, progress=progress)
 
-    def encode_queries_with_traces(self, queries: Sequence[Query], traces: Sequence[str]) -> np.ndarray:
-        """Queries that are handed their traces ("" for none): [n, D] float32; with true ones, the ceiling."""
+    def encode_query_with_trace(self, queries: Sequence[Query], traces: Sequence[str]) -> Encoded:
+        """Queries that are handed their traces ("" for none); with true ones, the ceiling."""
         limit = self.config.data.max_trace_tokens
+        given = [self.processor.encode(trace)[:limit] if trace else [] for trace in traces]
 
-        def tokenize(i: int) -> Tokens:
-            trace = self.processor.encode(traces[i])[:limit] if traces[i] else []
-            return append(self.processor.query(queries[i]), trace)
+        def tokenize(i: int, name: str) -> Tokens:
+            return append(self.processor.query(queries[i], name), given[i])
 
-        return self._encode_packed(len(queries), tokenize, coarse=True)
+        encoded = self._encode_packed(len(queries), _Reader(tokenize, "query", None, "raise"), coarse=True)
+        lengths = np.array([len(tokens) for tokens in given], np.int32)
+        return dataclasses.replace(encoded, traces=list(traces), trace_tokens=lengths, reasoned=lengths > 0)
 
     def rooms_for(self, documents: Sequence[Document]) -> dict[bool, Room]:
         """Static shapes that fit a sample of documents: those without images, and those with."""
@@ -174,21 +231,43 @@ class Retriever:
     def _encode_packed(
         self,
         count: int,
-        tokenize: Callable[[int], Tokens],
+        reader: "_Reader",
         rooms: dict[bool, Room] | None = None,
         *,
         coarse: bool = False,
-    ) -> np.ndarray:
-        """The normalised state of each sequence's last token, which predicts <|emb|>: [count, D] float32."""
-        parts = [np.empty((0, self.width), np.float32)]
-        for first in range(0, count, WINDOW):
-            sequences = [tokenize(i) for i in range(first, min(first + WINDOW, count))]
+        progress: bool = False,
+    ) -> Encoded:
+        """The normalised state of each sequence's last token, which predicts <|emb|>."""
+        parts = [Encoded.blank(0, self.width)]
+        for part, chosen, sequences in self._windows(count, reader, progress):
             rooms = self._rooms_for(sequences, coarse=coarse) | (rooms or {})
-            parts.append(self._encode_window(sequences, rooms))
-        return np.concatenate(parts)
+            part.embeddings[chosen] = self._cut(self._encode_window(sequences, rooms))
+            parts.append(part)
+        return Encoded.joined(parts)
+
+    def _windows(
+        self, count: int, reader: "_Reader", progress: bool
+    ) -> Iterator[tuple[Encoded, list[int], list[Tokens]]]:
+        """The items that are in memory at once: what they will become, which of them were read, and those."""
+        with tqdm(total=count, desc="encoding", unit=reader.kind, disable=not progress, dynamic_ncols=True) as bar:
+            for first in range(0, count, WINDOW):
+                part = Encoded.blank(min(WINDOW, count - first), self.width)
+                sequences = [reader.read(first + i, part.errors, i) for i in range(len(part.errors))]
+                chosen = [i for i, sequence in enumerate(sequences) if sequence is not None]
+                there = [sequence for sequence in sequences if sequence is not None]
+                part.prompt_tokens[chosen] = [len(sequence) for sequence in there]
+                yield part, chosen, there
+                bar.update(len(sequences))
+
+    def _cut(self, vectors: np.ndarray) -> np.ndarray:
+        """The first features alone, of unit length again (Matryoshka): [n, D] -> [n, d]."""
+        if self.width == vectors.shape[1]:
+            return vectors
+        vectors = vectors[:, : self.width]
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _encode_window(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> np.ndarray:
-        out = np.empty((len(sequences), self.width), np.float32)
+        out = np.empty((len(sequences), self.model.architecture.language.hidden_size), np.float32)
         waiting: list[tuple[list[list[int]], jax.Array]] = []
         for visual, room in rooms.items():
             chosen = [i for i, sequence in enumerate(sequences) if bool(sequence.images) == visual]
@@ -234,74 +313,99 @@ class Retriever:
 
     # ---- queries -----------------------------------------------------------------------------------------
 
-    def encode_queries(
+    def encode_query(
         self,
-        queries: Sequence[Query],
+        queries: Sequence[Item],
         mode: Mode | None = None,
         *,
         names: Sequence[str] | None = None,
         cut: bool = True,
-        timed: bool = False,
-    ) -> QueryResults:
-        """Reasons where the model chooses to (or never, or always: `mode`), then embeds; see QueryResults.
+        on_error: OnError = "raise",
+        progress: bool = False,
+    ) -> Encoded:
+        """Reasons where the model chooses to (or never, or always: `mode`), then embeds.
 
-        `timed` runs the first batch of every shape once beforehand, so that `seconds` holds no compilation.
-        `names`, `cut` and errors as in `encode_documents`.
+        See `Encoded`, `read_query` for the items, and `encode_document` for all else.
         """
-        mode, names = mode or self.config.evaluation.mode, names or [""] * len(queries)
-        windows = [slice(first, first + WINDOW) for first in range(0, max(len(queries), 1), WINDOW)]
-        parts = [self._encode_queries(queries[at], names[at], mode, cut, timed) for at in windows]
-        joined = ("embeddings", "trace_tokens", "reasoned", "capped")
-        return QueryResults(
-            traces=[trace for part in parts for trace in part.traces],
-            seconds=sum(part.seconds for part in parts),
-            **{name: np.concatenate([getattr(part, name) for part in parts]) for name in joined},
+
+        def tokenize(i: int, name: str) -> Tokens:
+            return self.processor.query(read_query(queries[i]), name, cut=cut)
+
+        mode, parts = mode or self.config.evaluation.mode, [Encoded.blank(0, self.width)]
+        started, compiling = time.perf_counter(), compilations()[1]
+        reader = _Reader(tokenize, "query", names, on_error)
+        for part, chosen, sequences in self._windows(len(queries), reader, progress):
+            if chosen:
+                order, result = self._generate(sequences, mode)
+                members = np.array(chosen)[order]
+                part.embeddings[members] = self._cut(result.embeddings)
+                part.reasoned[members], part.capped[members] = result.reasoned, result.capped
+                part.trace_tokens[members] = result.lengths
+                for i, trace in zip(members, result.traces(), strict=True):
+                    part.traces[i] = self.processor.decode(trace).strip()
+            parts.append(part)
+        seconds = time.perf_counter() - started - (compilations()[1] - compiling)
+        return dataclasses.replace(Encoded.joined(parts), seconds=seconds)
+
+    def _generate(self, sequences: Sequence[Tokens], mode: Mode) -> tuple[list[int], Generation]:
+        """The order in which prompts are read, and what they gave, in that order."""
+        options, shards = self.config.evaluation, self._shards
+        decoding = Decoding(
+            stops=(self.processor.emb, self.processor.end),
+            max_new_tokens=options.max_trace_tokens,
+            drafts=options.drafts,
+            temperature=options.temperature,
+            samples=options.samples,
+            seed=self.config.training.seed,
         )
-
-    def _encode_queries(
-        self, queries: Sequence[Query], names: Sequence[str], mode: Mode, cut: bool, timed: bool
-    ) -> QueryResults:
-        count, started = len(queries), time.perf_counter()
-        sequences = [self.processor.query(query, name, cut=cut) for query, name in zip(queries, names, strict=True)]
-        seconds = time.perf_counter() - started
-        embeddings = np.empty((count, self.width), np.float32)
-        traces, lengths = [""] * count, np.zeros(count, np.int32)
-        reasoned, capped = np.zeros(count, bool), np.zeros(count, bool)
-        size = min(self.config.evaluation.batch_size, _power_of_two(count))
-        size = math.ceil(size / self._shards) * self._shards
-        for members in _batches(sequences, size):
-            started = time.perf_counter()
-            filled = members + members[:1] * (size - len(members))
-            inputs = sharding.to_devices(self._one_a_row([sequences[i] for i in filled]), self.mesh)
-            begun, result = time.perf_counter(), self._generate(inputs, mode)
-            deciding = _power_of_two(int(result.reasoned.sum()))  # generation has a shape for so many rows
-            signature = (mode, inputs.tokens.shape, inputs.patches.shape, deciding)
-            if timed and signature not in self._warm:
-                self._warm.add(signature)
-                started += time.perf_counter() - begun
-                result = self._generate(inputs, mode)
-            real = slice(len(members))
-            embeddings[members] = result.embeddings[real]
-            reasoned[members], capped[members] = result.reasoned[real], result.capped[real]
-            for i, trace in zip(members, result.traces(), strict=False):
-                traces[i], lengths[i] = self.processor.decode(trace).strip(), len(trace)
-            seconds += time.perf_counter() - started
-        return QueryResults(embeddings, traces, lengths, reasoned, capped, seconds)
-
-    def _generate(self, inputs: Inputs, mode: Mode) -> Generation:
-        limit = self.config.evaluation.max_trace_tokens
-        ends = {"emb_token_id": self.processor.emb, "end_token_id": self.processor.end}
+        batches = list(_batches(sequences, math.ceil(options.batch_size / shards) * shards))
+        sizes = [math.ceil(_batch_size(len(members)) / shards) * shards for members in batches]
+        longest = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
+        count = min(options.batch_size, _power_of_two(len(sequences) * options.samples))
+        slots = min(_power_of_two(math.ceil(count / shards)), self._slots_in_memory(decoding.cache_length(longest)))
+        inputs = (
+            sharding.to_devices(self._one_a_row([sequences[i] for i in members], size), self.mesh)
+            for members, size in zip(batches, sizes, strict=True)
+        )
         with jax.set_mesh(self.mesh):
-            return generate(self.model, inputs, max_new_tokens=limit, mode=mode, **ends)
+            result = generate(
+                self.model,
+                inputs,
+                decoding,
+                longest=longest,
+                slots=shards * slots,
+                mode=mode,
+                cache_dtype=self._cache_dtype,
+            )
+        self.work = self.work.plus(result.work)
+        real = np.concatenate([np.arange(size) < len(each) for each, size in zip(batches, sizes, strict=True)])
+        rows = {name: getattr(result, name)[real] for name in Generation._fields if name != "work"}
+        return list(itertools.chain(*batches)), result._replace(**rows)
 
-    def _one_a_row(self, sequences: Sequence[Tokens]) -> Inputs:
-        """Prompts of one kind, left-aligned, dealt to the shards in order; few different lengths."""
+    def _slots_in_memory(self, length: int) -> int:
+        """How many rows of so many slots a shard's devices have room for (`evaluation.cache_gib`): a power of two."""
+        architecture, heads = self.model.architecture.language, self.mesh.shape["tensor"]
+        # The devices of a shard hold a row together where its heads can be dealt to them, else each of them does.
+        share = heads if architecture.num_kv_heads % heads == 0 else 1
+        row = cache_bytes(architecture, length, self._cache_dtype) / share
+        room = int(self.config.evaluation.cache_gib * 2**30 / row)
+        if not room:
+            raise ValueError(
+                f"--evaluation.cache-gib {self.config.evaluation.cache_gib} has no room for one row of {length} tokens:"
+                f" it takes {row / 2**30:.2g} GiB"
+            )
+        return 1 << (room.bit_length() - 1)
+
+    def _one_a_row(self, sequences: Sequence[Tokens], count: int) -> Inputs:
+        """Prompts of one kind, left-aligned, dealt to the shards in order, then empty rows up to `count`."""
         length = _rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
         patches = max((len(image.values) for s in sequences for image in s.images), default=0)
-        patches = _rounded(patches, LEAST_LENGTH)
+        patches = _rounded(patches, LEAST_PATCHES)
+        rows: list[list[Tokens]] = [[sequence] for sequence in sequences]
+        rows += [[]] * (count - len(rows))
         each = [
             pack(
-                [sequence],
+                row,
                 self.processor.geometry,
                 rows=1,
                 row_length=length,
@@ -309,13 +413,39 @@ class Retriever:
                 patch_row_length=patches,
                 pad_token=self.processor.pad,
             ).inputs
-            for sequence in sequences
+            for row in rows
         ]
-        joined, rows = stack_shards(each), len(sequences) // self._shards
-        place = np.arange(len(sequences), dtype=np.int32) % rows * (patches // self.processor.geometry.merge_unit)
+        joined, dealt = stack_shards(each), count // self._shards
+        place = np.arange(count, dtype=np.int32) % dealt * (patches // self.processor.geometry.merge_unit)
         index = np.where(joined.visual_index >= 0, joined.visual_index + place[:, None, None], np.int32(-1))
         joined = joined._replace(visual_index=index)
-        return Inputs(*(x.reshape(self._shards, rows * x.shape[1], *x.shape[2:]) for x in joined))
+        return Inputs(*(x.reshape(self._shards, dealt * x.shape[1], *x.shape[2:]) for x in joined))
+
+
+class _Reader:
+    """Items to sequences, one at a time; what cannot be read is raised, or noted down."""
+
+    def __init__(
+        self, tokenize: Callable[[int, str], Tokens], kind: str, names: Sequence[str] | None, on_error: OnError
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error {on_error!r} is neither 'raise' nor 'skip'")
+        self._tokenize, self._names, self._skip = tokenize, names, on_error == "skip"
+        self.kind = kind
+
+    def read(self, number: int, errors: list[str], at: int) -> Tokens | None:
+        """Item `number`; None, and its message in errors[at], where it is skipped."""
+        name = self._names[number] if self._names else f"{self.kind} {number}"
+        try:
+            return self._tokenize(number, name)
+        except (ValueError, TypeError) as error:
+            named = str(error).startswith(name)
+            if self._skip:
+                errors[at] = str(error) if named else f"{name}: {error}"
+                return None
+            if named:
+                raise
+            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error
 
 
 @jax.jit
@@ -324,16 +454,25 @@ def _read(model: Qwen2_5_VL, inputs: Inputs, index: jax.Array) -> jax.Array:
     return normalize(take_states(model(inputs), index))
 
 
-def _batches(sequences: Sequence[Tokens], size: int) -> Iterator[list[int]]:
-    """Indices, `size` at a time: those without images, then those with, each by patches and length."""
+def _batches(sequences: Sequence[Tokens], most: int) -> Iterator[list[int]]:
+    """Indices, at most `most` at a time: those without images, then those with, each by patches and length.
+
+    The batches of a kind are equally large, as far as that goes, so that they have one shape.
+    """
 
     def order(i: int) -> tuple[int, int, int]:
         return sum(len(image.values) for image in sequences[i].images), len(sequences[i]), i
 
     for visual in (False, True):
         kind = sorted((i for i, s in enumerate(sequences) if bool(s.images) == visual), key=order)
+        size = math.ceil(len(kind) / math.ceil(len(kind) / most)) if kind else most
         for first in range(0, len(kind), size):
             yield kind[first : first + size]
+
+
+def _batch_size(count: int) -> int:
+    """The next of a few sizes of a batch."""
+    return _rounded(count, LEAST_ROWS) if count > LEAST_ROWS else _power_of_two(count)
 
 
 def _rounded(size: int, least: int) -> int:

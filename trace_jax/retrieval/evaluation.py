@@ -19,7 +19,7 @@ from tqdm import tqdm
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
-from trace_jax.retrieval.embedder import QueryResults, Retriever
+from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
 from trace_jax.retrieval.pools import CandidateVectors
@@ -67,31 +67,26 @@ def results_path(config: Config, query_set: QuerySet, mode: EvaluationMode) -> e
     return epath.Path(config.run_dir) / "queries" / config.data.release / mode / f"{query_set.stem}.npz"
 
 
-def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key: str) -> QueryResults | None:
+def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key: str) -> Encoded | None:
     """The encoded queries of a file; None when they are not there, or of another key, or damaged."""
     try:
-        arrays = artifacts.read_arrays(results_path(config, query_set, mode))
+        arrays: dict[str, Any] = artifacts.read_arrays(results_path(config, query_set, mode))
         if str(arrays.pop("key")) != key:
             return None
-        traces, seconds = arrays.pop("traces").tolist(), float(arrays.pop("seconds"))
-        return QueryResults(traces=traces, seconds=seconds, **arrays)
+        lists = {name: arrays.pop(name).tolist() for name in ("traces", "errors", "seconds")}
+        return Encoded(**lists, **arrays)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def encode(
     config: Config, retriever: Retriever, query_set: QuerySet, mode: EvaluationMode, labelled: Labelled
-) -> QueryResults:
+) -> Encoded:
     """Encodes a query file in one mode and keeps the result."""
     if mode == "given":
-        count, has_trace = len(labelled.queries), np.array([bool(trace) for trace in labelled.traces], bool)
-        vectors = retriever.encode_queries_with_traces(labelled.queries, labelled.traces)
-        lengths = [len(retriever.processor.encode(trace)) if trace else 0 for trace in labelled.traces]
-        results = QueryResults(
-            vectors, labelled.traces, np.array(lengths, np.int32), has_trace, np.zeros(count, bool), 0.0
-        )
+        results = retriever.encode_query_with_trace(labelled.queries, labelled.traces)
     else:
-        results = retriever.encode_queries(labelled.queries, mode, names=labelled.qids, timed=True)
+        results = retriever.encode_query(labelled.queries, mode, names=labelled.qids)
     artifacts.write_arrays(
         results_path(config, query_set, mode),
         key=np.array(queries_key(config, retriever)),
@@ -101,8 +96,12 @@ def encode(
 
 
 def queries_key(config: Config, retriever: Retriever) -> str:
-    """What encoded queries depend on: the retriever, and how long a trace may be."""
-    return artifacts.key_of(retriever.key, config.evaluation.max_trace_tokens, config.data.max_trace_tokens)
+    """What encoded queries depend on: the retriever, how long a trace may be, and how it is drawn."""
+    options = config.evaluation
+    drawn = [options.temperature, options.samples, config.training.seed] if options.temperature else []
+    return artifacts.key_of(
+        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn
+    )
 
 
 # ---- one query file --------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ class Searcher:
         return self.indexes[pool]
 
     def search(
-        self, query_set: QuerySet, mode: EvaluationMode, pool: str, qids: Sequence[str], results: QueryResults
+        self, query_set: QuerySet, mode: EvaluationMode, pool: str, qids: Sequence[str], results: Encoded
     ) -> np.ndarray:
         """The dids found in a pool, as integers, best first: [n, k] int64. Writes UniIR's run file."""
         k = max(self.config.evaluation.neighbours, *self.config.evaluation.ks)
@@ -162,7 +161,7 @@ def run_file(config: Config, query_set: QuerySet, mode: EvaluationMode, kind: st
 
 
 def measure(
-    searcher: Searcher, query_set: QuerySet, labelled: Labelled, results: dict[EvaluationMode, QueryResults]
+    searcher: Searcher, query_set: QuerySet, labelled: Labelled, results: dict[EvaluationMode, Encoded]
 ) -> dict[str, Any]:
     """All figures of a query file; of the modes in `results`, the first is the one that counts."""
     config, main = searcher.config, next(iter(results))
@@ -241,7 +240,7 @@ def evaluate(
             labelled = benchmark.load(query_set)
             has_ceiling = query_set.trained and bool(labelled.complex.any())
             wanted: list[EvaluationMode] = [*run, "given"] if has_ceiling else run
-            results: dict[EvaluationMode, QueryResults] = {}
+            results: dict[EvaluationMode, Encoded] = {}
             for mode in wanted:
                 bar.set_postfix_str(f"{query_set.dataset} {query_set.task} {query_set.split} {mode}", refresh=False)
                 kept = load_results(config, query_set, mode, key)

@@ -1,110 +1,336 @@
-"""Queries to embeddings: prefill, first-token routing, and batched decoding of the rows that reason (paper Sec. 3.1).
+"""Queries to embeddings: prefill, first-token routing, continuous batching of the rows that reason (paper Sec. 3.1).
 
-Two compiled programs. The first reads all prompts and predicts their first tokens; rows whose first token is <|emb|>
-are done (Eq. 2). The host gathers the others into a batch of the next power of two, and the second program decodes
-these alone, greedily, until each writes <|emb|>. The embedding is the state that predicts <|emb|> ("pre-token",
-Table 4), so that emitting the token costs no step.
+A batch of prompts is read at once, which also predicts their first tokens; rows whose first token is <|emb|> are done
+(Eq. 2). The others move into slots, each with room for a prompt and its trace, and are decoded together. A loop on the
+device runs until enough slots have ended to be worth a refill; only then does the host look, hand out what is done,
+and refill the slots from the rows that wait, reading more prompts when too few do. At the end, when nobody waits, the
+slots are moved into ever smaller batches. So a step is hardly ever spent on a row that has ended, and no shape depends
+on the data.
+
+The embedding is the state that predicts <|emb|> ("pre-token", Table 4), so that emitting the token costs no step.
+
+Drafts make a step read several tokens: those that followed the last two tokens where they stood before, in the prompt
+or the trace. Each is kept only if it is the very token that the model itself chooses, so that the result is the same.
 """
 
+import collections
+import dataclasses
 import functools
-from typing import Literal, NamedTuple
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from trace_jax import sharding
 from trace_jax.data.schema import Inputs
+from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.language import Cache
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 Array = jax.Array
 Mode = Literal["adaptive", "direct", "always"]
+MODES: tuple[Mode, ...] = ("adaptive", "direct", "always")
 NO_TOKEN = -1
+REFILL = 8  # the slots are refilled when one in so many is free
+FEWEST = 8  # slots; fewer are not moved into a smaller batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How traces are written; static in the compiled programs. Raises ValueError for numbers that make no sense."""
+
+    stops: tuple[int, ...]  # tokens that end a trace: <|emb|>, and the end of the turn
+    max_new_tokens: int  # T: a trace that has not ended by then is capped
+    drafts: int = 0  # tokens guessed a step
+    temperature: float = 0.0  # 0 is greedy
+    samples: int = 1  # traces of each prompt, whose embeddings are averaged
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; allow at least one")
+        if self.drafts < 0 or self.temperature < 0 or self.samples < 1:
+            raise ValueError(f"{self}: give drafts >= 0, temperature >= 0 and samples >= 1")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"{self.samples} samples at temperature 0 are the same trace; raise the temperature")
+
+    def cache_length(self, longest: int) -> int:
+        """Slots of a cache for prompts of `longest` tokens: with the trace, and the drafts after its last token."""
+        return longest + self.max_new_tokens + self.drafts + 1
 
 
 class Generation(NamedTuple):
-    """What `generate` returns, on the host; N rows, T = max_new_tokens."""
+    """What `generate` returns, on the host; N rows, T = max_new_tokens. Of several samples, all but the embedding is
+    the first one's.
+    """
 
     embeddings: np.ndarray  # [N, D] float32, unit length; zeros for an empty row
     tokens: np.ndarray  # [N, T] int32: the trace, without <|emb|>; -1 after its end
     lengths: np.ndarray  # [N] int32: tokens of the trace, 0 where the row did not reason
     reasoned: np.ndarray  # [N] bool: the row wrote a trace
     capped: np.ndarray  # [N] bool: the trace was cut at T tokens
+    work: "Work"
 
     def traces(self) -> list[list[int]]:
         """The traces as token ids, empty where a row did not reason."""
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
-class _Prefilled(NamedTuple):
-    """After the prompts: N rows of L slots."""
+class Work(NamedTuple):
+    """What the decoding took: a measure of how full the slots were, and of how good the drafts."""
+
+    steps: int = 0  # passes over the slots
+    passes: int = 0  # steps x slots
+    useful: int = 0  # of the passes, those of rows that had not ended
+    tokens: int = 0  # read in the useful ones; more than one each is the drafts' doing
+
+    def plus(self, other: "Work") -> "Work":
+        """Both together."""
+        return Work(*map(sum, zip(self, other, strict=True)))
+
+
+class Program:
+    """A jitted function that knows how often, and for how many seconds, it has been compiled."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.jitted: Any = jax.jit(function, **options)
+        self.compilations, self.seconds = 0, 0.0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Calls it; the result is on its way, as ever with JAX, when this returns."""
+        started = time.perf_counter()
+        result = self.jitted(*arguments, **options)
+        if self.jitted._cache_size() > self.compilations:
+            self.compilations = self.jitted._cache_size()
+            self.seconds += time.perf_counter() - started
+        return result
+
+
+class Prefilled(NamedTuple):
+    """After the prompts: N rows of L tokens."""
 
     state: Array  # [N, D] float32 at the prompt's last token
-    first: Array  # [N] int32: the first token
+    first: Array  # [N, samples] int32: the first token
+    draw: Array  # [N, samples] uint32: which random numbers each gets
+    tokens: Array  # [N, L] int32: the prompt
     lengths: Array  # [N] int32
-    position: Array  # [N] int32: M-RoPE position of the next token
+    shift: Array  # [N] int32: M-RoPE position of the next token, less its slot
     cache: Cache  # of L slots
 
 
-class _Loop(NamedTuple):
-    """Carried by the decoding loop; n rows."""
+class Slots(NamedTuple):
+    """Rows that are being decoded, n of them with room for C tokens; the free ones are `done`.
 
-    step: Array  # [] int32: tokens read so far
+    The token of a row that is to be read next is tokens[length].
+    """
+
     cache: Cache
-    state: Array  # [n, D] float32: the last state of each row
-    token: Array  # [n] int32: to be read next
+    tokens: Array  # [n, C] int32: the prompt, then the trace; nonsense after that
+    prompt: Array  # [n] int32: tokens of the prompt
+    length: Array  # [n] int32: tokens read
+    shift: Array  # [n] int32, as in Prefilled
+    draw: Array  # [n] uint32: which random numbers the row gets
+    state: Array  # [n, D] float32: the last state
     done: Array  # [n] bool
     capped: Array  # [n] bool
-    written: Array  # [n, T] int32
+
+
+# ---- the host's part ---------------------------------------------------------------------------------------------
+
+
+class _Request(NamedTuple):
+    """A row that waits for a slot, or is in one."""
+
+    number: int  # counted over all batches
+    sample: int
+    row: int  # in its batch
+
+
+class _Written:
+    """The rows in order, and what became of them; grows by a batch at a time."""
+
+    def __init__(self, decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.lengths: list[int] = []  # of the prompts
+        self.states: list[np.ndarray] = []  # [samples, D] of each row
+        self.traces: dict[int, np.ndarray] = {}  # of the first sample
+        self.capped: set[int] = set()
+
+    def add(self, lengths: np.ndarray, states: np.ndarray) -> int:
+        """A batch as it is after its prompts [N], [N, D]; the number of its first row."""
+        self.lengths += lengths.tolist()
+        self.states += list(np.repeat(states[:, None], self.decoding.samples, axis=1))
+        return len(self.lengths) - len(lengths)
+
+    def finish(self, request: _Request, state: np.ndarray, trace: np.ndarray, capped: bool) -> None:
+        """A row that has written its trace."""
+        self.states[request.number][request.sample] = state
+        if request.sample == 0:
+            self.traces[request.number] = trace
+            if capped:
+                self.capped.add(request.number)
+
+    def result(self, work: Work) -> Generation:
+        """Everything, in order."""
+        numbers = range(len(self.lengths))
+        mean = _unit(_unit(np.stack(self.states)).mean(axis=1))
+        tokens = np.full((len(numbers), self.decoding.max_new_tokens), NO_TOKEN, np.int32)
+        for number, trace in self.traces.items():
+            tokens[number, : len(trace)] = trace
+        return Generation(
+            embeddings=np.where(np.array(self.lengths)[:, None] > 0, mean, np.float32(0)),
+            tokens=tokens,
+            lengths=(tokens != NO_TOKEN).sum(axis=1, dtype=np.int32),
+            reasoned=np.array([number in self.traces for number in numbers], bool),
+            capped=np.array([number in self.capped for number in numbers], bool),
+            work=work,
+        )
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def generate(
     model: Qwen2_5_VL,
-    inputs: Inputs,
+    batches: Iterable[Inputs],
+    decoding: Decoding,
     *,
-    emb_token_id: int,
-    end_token_id: int | None = None,
-    max_new_tokens: int,
+    longest: int,
+    slots: int,
     mode: Mode = "adaptive",
+    cache_dtype: Any = None,
 ) -> Generation:
-    """Embeds prompts, one a row and left-aligned (segments 1, then 0); N = S * R rows.
+    """Embeds batches of prompts, one a row and left-aligned (segments 1, then 0), of at most `longest` slots a row.
 
     `mode`: "adaptive" lets the first token decide; "direct" takes the state at the prompt's end for all; "always"
-    forbids to stop at the first token. `end_token_id` (default: the architecture's eos_token_id) ends a trace like
-    <|emb|>: the state that predicts it is the embedding. A trace that has not ended after `max_new_tokens` tokens is
-    capped: its last state is the embedding. A row's result does not depend on the other rows. Raises ValueError for
-    an unknown mode, fewer than one new token, or rows with several sequences.
+    forbids to stop at the first token. A stop ends a trace: the state that predicts it is the embedding. A trace that
+    has not ended after `max_new_tokens` tokens is capped: its last state is the embedding. A row's result does not
+    depend on the other rows, nor on `slots`, the most rows that are decoded at once (a multiple of the mesh's data
+    shards). `cache_dtype` is that of the slots' keys and values, default: the model's. Raises ValueError for an unknown
+    mode, rows with several sequences, or rows over `longest`.
     """
-    if mode not in ("adaptive", "direct", "always"):
+    if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of 'adaptive', 'direct', 'always'")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; allow at least one")
-    segments = np.asarray(inputs.segments).reshape(-1, inputs.segments.shape[-1])
-    if segments.max(initial=0) > 1 or (np.diff(segments, axis=1) > 0).any():
-        raise ValueError("generation needs one left-aligned sequence a row; pack with one sequence a row")
-    count = len(segments)
-    end_token_id = model.architecture.eos_token_id if end_token_id is None else end_token_id
-    stops = (emb_token_id,) if end_token_id is None else (emb_token_id, end_token_id)
-    lengths = (segments > 0).sum(axis=1)
-    tokens = np.full((count, max_new_tokens), NO_TOKEN, np.int32)
-    reasoned, capped = np.zeros(count, bool), np.zeros(count, bool)
+    written, work = _Written(decoding), Work()
+    prompts = _read_ahead(model, batches, decoding, mode, longest)
     if mode == "direct":
-        states = np.array(_read(model, inputs))
-    else:
-        prefilled = _prefill(model, inputs, forbidden=stops if mode == "always" else ())
-        states = np.array(prefilled.state)
-        reasoned = ~np.isin(np.asarray(prefilled.first), stops) & (lengths > 0)
-        rows = np.flatnonzero(reasoned)
-        if len(rows):
-            bucket = 1 << (len(rows) - 1).bit_length()
-            padded = np.resize(rows, bucket).astype(np.int32)
-            idle = np.arange(bucket) >= len(rows)
-            end = _decode(model, prefilled, padded, idle, stops=stops, max_new_tokens=max_new_tokens)
-            states[rows], tokens[rows], capped[rows] = (np.asarray(part)[: len(rows)] for part in end)
-    norms = np.linalg.norm(states, axis=1, keepdims=True)
-    embeddings = np.where(lengths[:, None] > 0, states / np.maximum(norms, 1e-12), 0.0).astype(np.float32)
-    written = (tokens != NO_TOKEN).sum(axis=1).astype(np.int32)
-    return Generation(embeddings, tokens, written, reasoned, capped)
+        for lengths, states in prompts:
+            written.add(lengths, np.asarray(states))
+        return written.result(work)
+    sizes = _sizes(slots)
+    running = _empty(model.architecture.language, slots, decoding.cache_length(longest), cache_dtype or model.dtype)
+    rows: list[_Request | None] = [None] * slots
+    waiting: collections.deque[tuple[Prefilled, _Request]] = collections.deque()
+    more = True
+    while True:
+        while more and None in rows:
+            if waiting:
+                running = _refill(running, rows, waiting)
+            elif (batch := next(prompts, None)) is not None:
+                waiting.extend((batch[1], request) for request in _sort_out(*batch, written))
+            else:
+                more = False
+        occupied = len(rows) - rows.count(None)
+        if not occupied:
+            return written.result(work)
+        if more:
+            enough = len(rows) - math.ceil(len(rows) / REFILL)
+        else:
+            size = min(size for size in sizes if size >= occupied)
+            if size < len(rows):
+                keep = sorted(range(len(rows)), key=lambda slot: rows[slot] is None)[:size]
+                running, rows = _resize(running, np.array(keep, np.int32)), [rows[slot] for slot in keep]
+            enough = max((smaller for smaller in sizes if smaller < size), default=0)
+        running, counts = _decode(model, running, np.int32(min(enough, occupied - 1)), decoding=decoding)
+        _hand_out(running, rows, written)
+        steps, useful, tokens = np.asarray(counts).tolist()
+        work = work.plus(Work(steps, steps * len(rows), useful, tokens))
+
+
+def _sizes(slots: int) -> list[int]:
+    """The numbers of slots that are in use towards the end: halves, as long as they can be dealt to the devices."""
+    mesh, sizes = jax.sharding.get_abstract_mesh(), [slots]
+    shards = 1 if mesh.empty else sharding.data_shards(mesh)
+    while sizes[-1] % (2 * shards) == 0 and sizes[-1] // 2 >= FEWEST:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _read_ahead(
+    model: Qwen2_5_VL, batches: Iterable[Inputs], decoding: Decoding, mode: Mode, longest: int
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """The prompts' lengths [N], and what reading them gave (direct: the states), a batch behind: the device reads the
+    next one while the host looks at this one.
+    """
+    before = None
+    for inputs in batches:
+        segments = np.asarray(inputs.segments).reshape(-1, inputs.segments.shape[-1])
+        if segments.max(initial=0) > 1 or (np.diff(segments, axis=1) > 0).any():
+            raise ValueError("generation needs one left-aligned sequence a row; pack with one sequence a row")
+        if segments.shape[1] > longest:
+            raise ValueError(f"a row of {segments.shape[1]} slots is over the longest of {longest}")
+        result = _read(model, inputs) if mode == "direct" else _prefill(model, inputs, decoding=decoding, mode=mode)
+        if before is not None:
+            yield before
+        before = (segments > 0).sum(axis=1), result
+    if before is not None:
+        yield before
+
+
+def _sort_out(lengths: np.ndarray, prefilled: Prefilled, written: _Written) -> list[_Request]:
+    """The rows that reason (with several samples, each of a row's); the others are done."""
+    first = written.add(lengths, np.asarray(prefilled.state))
+    reasons = ~np.isin(np.asarray(prefilled.first), written.decoding.stops) & (lengths > 0)[:, None]
+    return [_Request(first + row, sample, row) for row, sample in np.argwhere(reasons).tolist()]
+
+
+def _refill(
+    running: Slots, rows: list[_Request | None], waiting: collections.deque[tuple[Prefilled, _Request]]
+) -> Slots:
+    """Puts the next of those who wait into free slots: of one batch, and as many as a refill is."""
+    batch, moved = waiting[0][0], max(1, len(rows) // REFILL)
+    chosen = np.full((3, moved), len(rows), np.int32)  # nobody goes to a slot that is not there
+    for move in range(moved):
+        if not waiting or waiting[0][0] is not batch or None not in rows:
+            break
+        _, request = waiting.popleft()
+        slot = rows.index(None)
+        rows[slot], chosen[:, move] = request, (slot, request.row, request.sample)
+    return _admit(running, batch, *chosen)
+
+
+def _hand_out(running: Slots, rows: list[_Request | None], written: _Written) -> None:
+    """Takes the rows that have ended out of their slots."""
+    done, capped, tokens, prompt, length, state = jax.device_get(
+        (running.done, running.capped, running.tokens, running.prompt, running.length, running.state)
+    )
+    for slot, request in enumerate(rows):
+        if request is not None and done[slot]:
+            trace = tokens[slot, prompt[slot] : length[slot]]
+            written.finish(request, state[slot], trace, bool(capped[slot]))
+            rows[slot] = None
+
+
+# ---- the device's part -------------------------------------------------------------------------------------------
+
+
+def place_rows(tree: Any) -> Any:
+    """Splits rows over the mesh's data axes and, in caches, heads over its tensor axis where they divide."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+
+    def place(leaf: Array) -> Array:
+        heads = ["tensor"] if leaf.ndim == 4 and leaf.shape[1] % mesh.shape["tensor"] == 0 else []
+        return jax.lax.with_sharding_constraint(leaf, P(sharding.BATCH_AXES, *heads))
+
+    return jax.tree.map(place, tree)
 
 
 def _last(hidden: Array, lengths: Array) -> Array:
@@ -112,77 +338,190 @@ def _last(hidden: Array, lengths: Array) -> Array:
     return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
 
 
-def _lengths(inputs: Inputs) -> Array:
-    length = inputs.segments.shape[-1]
-    return (jnp.asarray(inputs.segments).reshape(-1, length) > 0).sum(axis=1, dtype=jnp.int32)
+def _flat(inputs: Inputs) -> tuple[Array, Array]:
+    """Tokens [N, L], 0 in the padding, and lengths [N] int32."""
+    there = jnp.asarray(inputs.segments).reshape(-1, inputs.segments.shape[-1]) > 0
+    tokens = jnp.where(there, jnp.asarray(inputs.tokens).reshape(there.shape), 0)
+    return tokens, there.sum(axis=1, dtype=jnp.int32)
 
 
-@jax.jit
+def _choose(logits: Array, draw: Array, at: Array, decoding: Decoding) -> Array:
+    """The tokens that come at slots `at` [...] int32, from logits [..., V]: the best or, above temperature 0, drawn.
+
+    The random numbers are a function of the seed, `draw` [...] uint32, and the slot alone.
+    """
+    if not decoding.temperature:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def noise(draw: Array, at: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(decoding.seed), draw), at)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    drawn = jax.vmap(noise)(draw.reshape(-1), at.reshape(-1)).reshape(logits.shape)
+    return jnp.argmax(logits / decoding.temperature + drawn, axis=-1).astype(jnp.int32)
+
+
+@Program
 def _read(model: Qwen2_5_VL, inputs: Inputs) -> Array:
     """The state at the end of every prompt: [N, D] float32."""
     hidden = model(inputs)
-    return _last(hidden.reshape(-1, *hidden.shape[2:]), _lengths(inputs))
+    return _last(hidden.reshape(-1, *hidden.shape[2:]), _flat(inputs)[1])
 
 
-@functools.partial(jax.jit, static_argnames=("forbidden",))
-def _prefill(model: Qwen2_5_VL, inputs: Inputs, *, forbidden: tuple[int, ...]) -> _Prefilled:
-    """Reads the prompts and predicts their first tokens, which are not among `forbidden`."""
+@functools.partial(Program, static_argnames=("decoding", "mode"))
+def _prefill(model: Qwen2_5_VL, inputs: Inputs, *, decoding: Decoding, mode: Mode) -> Prefilled:
+    """Reads the prompts and predicts their first tokens; in mode "always" these are no stops."""
     hidden, cache = model.prefill(inputs, inputs.tokens.shape[-1])
-    lengths = _lengths(inputs)
+    tokens, lengths = _flat(inputs)
     state = _last(hidden, lengths)
     logits = model.logits(state)
-    if forbidden:
-        logits = logits.at[:, jnp.asarray(forbidden)].set(-jnp.inf)
+    if mode == "always":
+        logits = logits.at[:, jnp.asarray(decoding.stops)].set(-jnp.inf)
     position = jnp.asarray(inputs.positions).reshape(len(lengths), -1).max(axis=1) + 1
-    return _Prefilled(state, jnp.argmax(logits, axis=-1).astype(jnp.int32), lengths, position, cache)
+    # Each prompt draws numbers of its own, whatever its company.
+    odd = 2 * jnp.arange(tokens.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
+    prompt = (tokens.astype(jnp.uint32) * odd[None]).sum(axis=1, dtype=jnp.uint32)
+    draw = prompt[:, None] + jnp.arange(decoding.samples, dtype=jnp.uint32)[None]
+    again = (len(lengths), decoding.samples)
+    logits = jnp.broadcast_to(logits[:, None], (*again, logits.shape[-1]))
+    first = _choose(logits, draw, jnp.broadcast_to(lengths[:, None], again), decoding)
+    return place_rows(Prefilled(state, first, draw, tokens, lengths, position - lengths, cache))
 
 
-@functools.partial(jax.jit, static_argnames=("stops", "max_new_tokens"))
-def _decode(
-    model: Qwen2_5_VL,
-    prefilled: _Prefilled,
-    rows: Array,
-    idle: Array,
-    *,
-    stops: tuple[int, ...],
-    max_new_tokens: int,
-) -> tuple[Array, Array, Array]:
-    """Decodes rows [n] of the prefilled batch; `idle` [n] bool marks those that only fill it up.
-
-    Returns the final states [n, D] float32, the tokens written [n, T] int32, and which rows were capped [n] bool.
-    """
-    room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
-    cache = jax.tree.map(lambda slots: jnp.pad(slots[rows], room), prefilled.cache)
-    first, lengths, position = prefilled.first[rows], prefilled.lengths[rows], prefilled.position[rows]
-    written = jnp.full((len(rows), max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(first)
-
-    def step(loop: _Loop) -> _Loop:
-        positions = jnp.tile((position + loop.step)[:, None], (1, 3))
-        state, cache = model.decode(loop.cache, loop.token, positions, lengths + loop.step)
-        token = jnp.argmax(model.logits(state), axis=-1).astype(jnp.int32)
-        active = ~loop.done
-        going = active & ~jnp.isin(token, jnp.asarray(stops))
-        full = loop.step + 1 == max_new_tokens
-        entry = jnp.where(going & ~full, token, NO_TOKEN)
-        at = jnp.minimum(loop.step + 1, max_new_tokens - 1)
-        return _Loop(
-            step=loop.step + 1,
-            cache=cache,
-            state=jnp.where(active[:, None], state, loop.state),
-            token=token,
-            done=~going | full,
-            capped=loop.capped | (going & full),
-            written=jnp.where(full, loop.written, loop.written.at[:, at].set(entry)),
+def _empty_slots(architecture: LanguageArchitecture, slots: int, length: int, dtype: Any) -> Slots:
+    """Free slots of so many tokens."""
+    cache = jnp.zeros((slots, architecture.num_kv_heads, length, architecture.head_dim), dtype)
+    number = jnp.zeros(slots, jnp.int32)
+    return place_rows(
+        Slots(
+            cache=tuple((cache, cache) for _ in range(architecture.num_layers)),
+            tokens=jnp.zeros((slots, length), jnp.int32),
+            prompt=number,
+            length=number,
+            shift=number,
+            draw=jnp.zeros(slots, jnp.uint32),
+            state=jnp.zeros((slots, architecture.hidden_size), jnp.float32),
+            done=jnp.ones(slots, bool),
+            capped=jnp.zeros(slots, bool),
         )
-
-    start = _Loop(
-        step=jnp.int32(0),
-        cache=cache,
-        state=prefilled.state[rows],
-        token=first,
-        done=jnp.asarray(idle),
-        capped=jnp.zeros(len(rows), bool),
-        written=written,
     )
-    end = jax.lax.while_loop(lambda loop: ~loop.done.all(), step, start)
-    return end.state, end.written, end.capped
+
+
+_empty = Program(_empty_slots, static_argnums=(0, 1, 2, 3))
+
+
+@functools.partial(Program, donate_argnums=0)
+def _admit(slots: Slots, prefilled: Prefilled, to: Array, rows: Array, samples: Array) -> Slots:
+    """Moves rows [m] of a prefilled batch, each in the state of its sample [m], to slots `to` [m].
+
+    A move to a slot that is not there does nothing.
+    """
+
+    def put(old: Array, values: Array) -> Array:
+        """[n, ...] with values [m, ...]; of a longer axis the beginning."""
+        return old.at[to, *map(slice, values.shape[1:])].set(values.astype(old.dtype), mode="drop")
+
+    def take(values: Array) -> Array:
+        return values.at[rows].get(mode="clip")
+
+    def of_sample(values: Array) -> Array:
+        return jnp.take_along_axis(take(values), samples[:, None], axis=1, mode="clip")[:, 0]
+
+    lengths = take(prefilled.lengths)
+    room = ((0, 0), (0, slots.tokens.shape[1] - prefilled.tokens.shape[1]))
+    tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(rows)), lengths].set(of_sample(prefilled.first))
+    return place_rows(
+        Slots(
+            cache=jax.tree.map(lambda old, new: put(old, take(new)), slots.cache, prefilled.cache),
+            tokens=put(slots.tokens, tokens),
+            prompt=put(slots.prompt, lengths),
+            length=put(slots.length, lengths),
+            shift=put(slots.shift, take(prefilled.shift)),
+            draw=put(slots.draw, of_sample(prefilled.draw)),
+            state=put(slots.state, take(prefilled.state)),
+            done=put(slots.done, jnp.zeros(len(rows), bool)),
+            capped=put(slots.capped, jnp.zeros(len(rows), bool)),
+        )
+    )
+
+
+@Program
+def _resize(slots: Slots, keep: Array) -> Slots:
+    """The slots of these numbers alone."""
+    return place_rows(jax.tree.map(lambda leaf: leaf[keep], slots))
+
+
+@functools.partial(Program, static_argnames="decoding", donate_argnums=1)
+def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding) -> tuple[Slots, Array]:
+    """Decodes until `least` [] int32 rows, or fewer, have not ended.
+
+    Also returns [3] int32: steps, and summed over them, the rows that had not ended and the tokens that these read.
+    """
+    drafts = jnp.arange(1, decoding.drafts + 1, dtype=jnp.int32)
+    ahead = jnp.arange(decoding.drafts + 1, dtype=jnp.int32)
+    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+
+    def step(loop: tuple[Slots, Array]) -> tuple[Slots, Array]:
+        slots, counts = loop
+        at = slots.length[:, None] + ahead[None]
+        read = jnp.take_along_axis(slots.tokens, slots.length[:, None], axis=1)
+        if decoding.drafts:
+            follows = _last_seen(slots.tokens, slots.length)[:, None] + drafts[None]
+            read = jnp.concatenate([read, jnp.take_along_axis(slots.tokens, follows, axis=1)], axis=1)
+        positions = jnp.repeat((at + slots.shift[:, None])[..., None], 3, axis=2)
+        states, cache = model.decode(slots.cache, read, positions, slots.length)
+        draw = jnp.broadcast_to(slots.draw[:, None], at.shape)
+        chosen = _choose(model.logits(states), draw, at + 1, decoding)
+        stops = jnp.isin(chosen, jnp.asarray(decoding.stops))
+        ends = stops | (at + 1 - slots.prompt[:, None] >= decoding.max_new_tokens)
+        # A token that was read counts if it is the one chosen before it, and nothing had ended.
+        counts_too = (chosen[:, :-1] == read[:, 1:]) & ~ends[:, :-1]
+        last = jnp.cumprod(counts_too.astype(jnp.int32), axis=1).sum(axis=1)[:, None]
+
+        def pick(values: Array) -> Array:
+            return jnp.take_along_axis(values, last, axis=1)[:, 0]
+
+        active, ended = ~slots.done, pick(ends)
+        number = jnp.where(active, last[:, 0] + 1, 0)
+        state = jnp.take_along_axis(states, last[..., None], axis=1)[:, 0]
+        counts = counts + jnp.stack([jnp.int32(1), active.sum(dtype=jnp.int32), number.sum(dtype=jnp.int32)])
+        slots = slots._replace(
+            cache=cache,
+            tokens=jnp.where(active[:, None], write(slots.tokens, chosen, slots.length + 1), slots.tokens),
+            length=slots.length + number,
+            state=jnp.where(active[:, None], state, slots.state),
+            done=slots.done | ended,
+            capped=jnp.where(active, ended & ~pick(stops), slots.capped),
+        )
+        return place_rows(slots), counts
+
+    start = place_rows(slots), jnp.zeros(3, jnp.int32)
+    return jax.lax.while_loop(lambda loop: (~loop[0].done).sum(dtype=jnp.int32) > least, step, start)
+
+
+def _last_seen(tokens: Array, length: Array) -> Array:
+    """Where the token at `length` [n] stood last, before that: [n] int32, if possible after the same one as now.
+
+    Of no use, but within the row [n, C], where it stood nowhere.
+    """
+    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    here = jnp.take_along_axis(tokens, length[:, None], axis=1)
+    before = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)
+    same = (tokens == here) & (slots < length[:, None])
+    pair = same & (jnp.roll(tokens, 1, axis=1) == before) & (slots > 0)
+    rank = jnp.where(same, slots + 1, 0) + jnp.where(pair, tokens.shape[1], 0)
+    return jnp.argmax(rank, axis=1).astype(jnp.int32)
+
+
+def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> int:
+    """What the keys and values of one row of so many slots take."""
+    each = architecture.num_kv_heads * length * architecture.head_dim * jnp.dtype(dtype).itemsize
+    return 2 * architecture.num_layers * each
+
+
+PROGRAMS = (_read, _prefill, _empty, _admit, _resize, _decode)
+
+
+def compilations() -> tuple[int, float]:
+    """How many programs this process has compiled for generation, and in how many seconds."""
+    return sum(each.compilations for each in PROGRAMS), sum(each.seconds for each in PROGRAMS)

@@ -8,6 +8,8 @@ leaves in front of them above. Equal scores are ranked by did everywhere.
 
 import functools
 import hashlib
+import itertools
+import json
 import math
 import pathlib
 import tempfile
@@ -18,61 +20,68 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from scann.scann_ops.py import scann_ops_pybind
 from tqdm import tqdm
 
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.benchmark import Benchmark, did_of
 from trace_jax.retrieval.pools import CandidateVectors
 
 EXACT_BELOW = 20_000
 FLAT_BELOW = 100_000
-MARGIN = 16  # neighbours fetched beyond k, so that ties at the edge are broken by did
+MARGIN = 16  # neighbours fetched beyond k, to break ties at the edge by did
+LARGEST = 4_000_000  # candidates of one ScaNN searcher
+EXPORTED = 10_000  # candidates of a file for Vertex AI
 
 
 class SearchIndex:
-    """The ScaNN index of one pool: n candidates, D features. Made by `build` or `load`."""
+    """The ScaNN index of one pool: n candidates, D features. Made by `build` or `load`.
 
-    def __init__(self, searcher: Any, ids: np.ndarray, about: dict[str, Any]) -> None:
-        self._searcher = searcher
+    A large pool is several searchers, each of a run of rows, whose results are merged at query time.
+    """
+
+    def __init__(self, searchers: list[Any], ids: np.ndarray, about: dict[str, Any]) -> None:
+        self._searchers = searchers
         self.ids = ids  # [n] int64: dids as integers, ascending
         self.about = about
+        self._bounds = _bounds(len(ids), len(searchers))
 
     @classmethod
-    def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "") -> "SearchIndex":
-        """Indexes vectors [n, D] float32 of dids `ids` [n] int64, ascending. Raises ValueError for none."""
+    def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "", largest: int = LARGEST) -> "SearchIndex":
+        """Indexes vectors [n, D] float32 of dids `ids` [n] int64, ascending; at most `largest` in a searcher.
+
+        Raises ValueError for none.
+        """
         if not len(ids):
             raise ValueError("a pool without candidates cannot be searched")
-        started, kind = time.perf_counter(), kind_for(len(ids))
-        builder: Any = scann_ops_pybind.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
-        if kind == "tree":
-            leaves = round(math.sqrt(len(ids)))
-            builder = builder.tree(
-                num_leaves=leaves,
-                num_leaves_to_search=max(8, leaves // 10),
-                training_sample_size=min(len(ids), 250_000),
-                random_init=False,  # k-means++ has a fixed seed, a random start has none
-            )
-        if kind == "exact":
-            builder = builder.score_brute_force()
-        else:
-            builder = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(256)
-        searcher = builder.build()
-        seconds = round(time.perf_counter() - started, 2)
-        about = {"key": key, "kind": kind, "candidates": len(ids), "seconds": seconds, "dids": _digest(ids)}
-        return cls(searcher, ids, about)
+        started = time.perf_counter()
+        bounds = _bounds(len(ids), math.ceil(len(ids) / largest))
+        searchers = [_build(vectors[first:last]) for first, last in itertools.pairwise(bounds)]
+        about = {
+            "key": key,
+            "kind": kind_for(bounds[1]),
+            "candidates": len(ids),
+            "searchers": len(searchers),
+            "seconds": round(time.perf_counter() - started, 2),
+            "dids": _digest(ids),
+        }
+        return cls(searchers, ids, about)
 
     def save(self, folder: epath.Path) -> None:
         """Writes the index to an empty place; its mark comes last, so that a torn one is never loaded."""
         if folder.exists():
             (folder / artifacts.MARK).unlink(missing_ok=True)
             folder.rmtree()
-        folder.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            self._searcher.serialize(temporary, relative_path=True)
-            for path in sorted(pathlib.Path(temporary).iterdir()):
-                (folder / path.name).write_bytes(path.read_bytes())
+        for number, searcher in enumerate(self._searchers):
+            part = folder / f"{number:05d}"
+            part.mkdir(parents=True)
+            with tempfile.TemporaryDirectory() as temporary:
+                searcher.serialize(temporary, relative_path=True)
+                for path in sorted(pathlib.Path(temporary).iterdir()):
+                    (part / path.name).write_bytes(path.read_bytes())
         artifacts.write_arrays(folder / "ids.npz", ids=self.ids)
         artifacts.write_json(folder / artifacts.MARK, self.about)
 
@@ -80,7 +89,7 @@ class SearchIndex:
     def load(cls, folder: epath.Path, *, key: str | None = None) -> "SearchIndex":
         """Reads an index. Raises MissingStageError for none, or one of a checkpoint other than `key`."""
         about = artifacts.read_json(folder / artifacts.MARK)
-        if about is None:
+        if about is None or "searchers" not in about:
             raise artifacts.MissingStageError(
                 f"no index in {folder}: run `make quickstart` (or launch/build_index.py) first"
             )
@@ -88,29 +97,75 @@ class SearchIndex:
             raise artifacts.MissingStageError(
                 f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
             )
-        ids = artifacts.read_arrays(folder / "ids.npz")["ids"]
-        if "://" not in str(folder):
-            return cls(scann_ops_pybind.load_searcher(str(folder)), ids, about)
-        with tempfile.TemporaryDirectory() as temporary:
-            for path in folder.iterdir():
-                (pathlib.Path(temporary) / path.name).write_bytes(path.read_bytes())
-            return cls(scann_ops_pybind.load_searcher(temporary), ids, about)
+        searchers = [_load(folder / f"{number:05d}") for number in range(about["searchers"])]
+        return cls(searchers, artifacts.read_arrays(folder / "ids.npz")["ids"], about)
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, *, leaves: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The min(k, n) best rows for queries [q, D] float32: rows [q, k] int64 and scores [q, k] float32.
 
         Best first, equal scores by row. Where an approximate index finds fewer, the row is -1 and the score
-        -inf.
+        -inf. `leaves` of a tree are looked into instead of the tenth that it was built for.
         """
         k = min(k, len(self.ids))
-        wanted = min(k + MARGIN, len(self.ids))
-        rows, scores = self._searcher.search_batched_parallel(
-            np.ascontiguousarray(queries, np.float32), final_num_neighbors=wanted
-        )
-        found = np.isfinite(scores)
-        rows, scores = np.where(found, rows.astype(np.int64), -1), np.where(found, scores, -np.inf)
+        parts = [
+            _search(searcher, queries, k, last - first, first, leaves)
+            for searcher, (first, last) in zip(self._searchers, itertools.pairwise(self._bounds), strict=True)
+        ]
+        rows, scores = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         order = np.lexsort((rows, -scores), axis=-1)[:, :k]
         return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+def _bounds(count: int, parts: int) -> list[int]:
+    """Where each of nearly equal parts begins, and the end."""
+    return np.linspace(0, count, parts + 1).round().astype(int).tolist()
+
+
+def _build(vectors: np.ndarray) -> Any:
+    """One ScaNN searcher."""
+    count, kind = len(vectors), kind_for(len(vectors))
+    builder: Any = scann_ops_pybind.builder(np.ascontiguousarray(vectors, np.float32), 10, "dot_product")
+    if kind == "tree":
+        leaves = round(math.sqrt(count))
+        builder = builder.tree(
+            num_leaves=leaves,
+            num_leaves_to_search=max(8, leaves // 10),
+            training_sample_size=min(count, 250_000),
+            random_init=False,  # k-means++ has a fixed seed, a random start has none
+        )
+    if kind == "exact":
+        return builder.score_brute_force().build()
+    return builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(256).build()
+
+
+def _load(folder: epath.Path) -> Any:
+    if "://" not in str(folder):
+        return scann_ops_pybind.load_searcher(str(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        for path in folder.iterdir():
+            (pathlib.Path(temporary) / path.name).write_bytes(path.read_bytes())
+        return scann_ops_pybind.load_searcher(temporary)
+
+
+def _search(  # noqa: PLR0917
+    searcher: Any, queries: np.ndarray, k: int, count: int, first: int, leaves: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of a searcher's `count` rows, which begin at row `first`, and all that equal the last of them.
+
+    Which of equal candidates ScaNN gives is its own affair; so more are asked for until the k-th is beaten or met by
+    none that was left out.
+    """
+    wanted = min(k + MARGIN, count)
+    while True:
+        rows, scores = searcher.search_batched_parallel(
+            np.ascontiguousarray(queries, np.float32), final_num_neighbors=wanted, leaves_to_search=leaves
+        )
+        found = np.isfinite(scores)
+        rows, scores = np.where(found, rows.astype(np.int64) + first, -1), np.where(found, scores, -np.inf)
+        tied = np.isfinite(scores[:, -1]) & (scores[:, -1] == scores[:, min(k, wanted) - 1])
+        if wanted == count or not tied.any():
+            return rows, scores
+        wanted = min(4 * wanted, count)
 
 
 def kind_for(candidates: int) -> str:
@@ -120,7 +175,7 @@ def kind_for(candidates: int) -> str:
     return "hashed" if candidates < FLAT_BELOW else "tree"
 
 
-@functools.partial(jax.jit, static_argnames="k")
+@functools.partial(jax.jit, static_argnames=("k", "mesh"))
 def _merge_best(  # noqa: PLR0917
     queries: jax.Array,
     part: jax.Array,
@@ -128,13 +183,25 @@ def _merge_best(  # noqa: PLR0917
     count: jax.Array,
     best: tuple[jax.Array, jax.Array],
     k: int,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[jax.Array, jax.Array]:
-    """Merges the best so far (scores, rows [q, k]) with `count` real rows of a part, from row `first` on."""
-    scores = jnp.einsum("qd,nd->qn", queries, part, precision=jax.lax.Precision.HIGHEST)
-    here = jnp.arange(part.shape[0], dtype=jnp.int32)
-    scores = jnp.where((here < count)[None], scores, -jnp.inf)
-    rows = jnp.broadcast_to((first + here)[None], scores.shape)
-    scores, rows = jnp.concatenate([best[0], scores], axis=1), jnp.concatenate([best[1], rows], axis=1)
+    """Merges the best so far (scores, rows [q, k]) with the first `count` rows of a part, which begins at row `first`.
+
+    The part is dealt to the devices in order; each finds its own best.
+    """
+
+    def best_here(
+        queries: jax.Array, part: jax.Array, first: jax.Array, count: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        scores = jnp.einsum("qd,nd->qn", queries, part, precision=jax.lax.Precision.HIGHEST)
+        here = jax.lax.axis_index("rows") * part.shape[0] + jnp.arange(part.shape[0], dtype=jnp.int32)
+        scores, order = jax.lax.top_k(jnp.where((here < count)[None], scores, -jnp.inf), min(k, part.shape[0]))
+        return scores, first + here[order]
+
+    whole, dealt = P(), P("rows")
+    specs = {"in_specs": (whole, dealt, whole, whole), "out_specs": P(None, "rows"), "check_vma": False}
+    found = jax.shard_map(best_here, mesh=mesh, **specs)(queries, part, first, count)
+    scores, rows = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
     scores, order = jax.lax.top_k(scores, k)  # of equal scores, the earlier stays first: rows ascend
     return scores, jnp.take_along_axis(rows, order, axis=1)
 
@@ -142,24 +209,28 @@ def _merge_best(  # noqa: PLR0917
 def exact_search(
     queries: np.ndarray, candidates: np.ndarray, k: int, *, chunk: int = 65_536, query_chunk: int = 2_048
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The reference: the min(k, n) best of candidates [n, D] for queries [q, D], float32, in chunks of
-    both.
+    """The reference: the min(k, n) best of candidates [n, D] for queries [q, D], float32.
 
-    Returns rows [q, k] int64 and scores [q, k] float32, best first, equal scores by row.
+    Candidates go to this host's devices in chunks of so many on each; queries are taken in chunks, too. Returns rows
+    [q, k] int64 and scores [q, k] float32, best first, equal scores by row.
     """
     if len(queries) > query_chunk:
         starts = range(0, len(queries), query_chunk)
         parts = [exact_search(queries[at : at + query_chunk], candidates, k, chunk=chunk) for at in starts]
         rows, scores = zip(*parts, strict=True)
         return np.concatenate(rows), np.concatenate(scores)
-    k, chunk = min(k, len(candidates)), min(chunk, len(candidates))
-    best = (jnp.full((len(queries), k), -jnp.inf, jnp.float32), jnp.full((len(queries), k), -1, jnp.int32))
-    asked = jnp.asarray(queries, jnp.float32)
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
+    k, chunk = min(k, len(candidates)), len(devices) * min(chunk, math.ceil(len(candidates) / len(devices)))
+    whole, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
+    best = (np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32))
+    best = jax.device_put(best, whole)
+    asked = jax.device_put(np.asarray(queries, np.float32), whole)
     for first in range(0, len(candidates), chunk):
         part = np.asarray(candidates[first : first + chunk], np.float32)
         count = len(part)
-        part = np.pad(part, ((0, chunk - count), (0, 0)))
-        best = _merge_best(asked, part, jnp.int32(first), jnp.int32(count), best, k)
+        part = jax.device_put(np.pad(part, ((0, chunk - count), (0, 0))), dealt)
+        best = _merge_best(asked, part, np.int32(first), np.int32(count), best, k, mesh)
     return np.asarray(best[1]).astype(np.int64), np.asarray(best[0])
 
 
@@ -181,12 +252,29 @@ def build_indexes(config: Config, benchmark: Benchmark) -> int:
         ids = benchmark.ids(pool)
         folder = index_folder(config, benchmark, pool)
         about = artifacts.read_json(folder / artifacts.MARK) or {}
-        if store.key is not None and (about.get("key"), about.get("dids")) == (store.key, _digest(ids)):
+        made_of = about.get("key"), about.get("dids"), "searchers" in about
+        if store.key is not None and made_of == (store.key, _digest(ids), True):
             continue
         vectors = store.read(store.candidates.rows(ids))
         SearchIndex.build(vectors, ids, key=store.key or "").save(folder)
         built += 1
     return built
+
+
+def export_vertex(config: Config, benchmark: Benchmark, pool: str, folder: epath.Path) -> int:
+    """Writes a pool's vectors in the input format of Vertex AI Vector Search; returns how many.
+
+    `folder`, local or gs://, gets JSON Lines files, a candidate a line: its did as "id" and its vector as "embedding".
+    Raises MissingStageError without vectors.
+    """
+    store, ids = CandidateVectors(config, benchmark), benchmark.ids(pool)
+    for number, first in enumerate(range(0, len(ids), EXPORTED)):
+        some = ids[first : first + EXPORTED]
+        vectors = store.read(store.candidates.rows(some)).tolist()
+        pairs = zip(some.tolist(), vectors, strict=True)
+        lines = [json.dumps({"id": did_of(did), "embedding": vector}) + "\n" for did, vector in pairs]
+        artifacts.write_bytes(folder / f"part_{number:05d}.json", "".join(lines).encode())
+    return len(ids)
 
 
 def _digest(ids: np.ndarray) -> str:

@@ -90,7 +90,7 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
             rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
             documents = [store.candidates.document(row) for row in rows]
             names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
-            store.write(shard, retriever.encode_documents(documents, names=names, rooms=rooms))
+            store.write(shard, retriever.encode_document(documents, names=names, rooms=rooms).embeddings)
             bar.update(len(documents))
     return total - done
 

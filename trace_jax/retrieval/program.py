@@ -11,9 +11,8 @@ from typing import Any
 from trace_jax import config
 from trace_jax.config import Config
 from trace_jax.retrieval.artifacts import MissingStageError
+from trace_jax.retrieval.generation import MODES
 from trace_jax.training.checkpoint import CheckpointError
-
-MODES = ("adaptive", "direct", "always")
 
 
 def _modes(text: str) -> tuple[str, ...]:
@@ -31,7 +30,7 @@ def _compared(text: str) -> tuple[str, str]:
 
 
 def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
-    """Reads `[config] [own options] [overrides]`: the config, and `untrained`, `modes` and `compare`.
+    """Reads `[config] [own options] [overrides]`: the config, and `untrained`, `modes`, `compare` and `vertex`.
 
     Raises SystemExit with a "did you mean" for an unknown config or option.
     """
@@ -44,6 +43,7 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
     parser.add_argument("--untrained", action="store_true", help="the base alone, in runs/<config>_untrained")
     parser.add_argument("--modes", type=_modes, default=("direct",), help="modes to run beside --evaluation.mode")
     parser.add_argument("--compare", type=_compared, nargs="+", default=[], help="name=run_dir of other runs")
+    parser.add_argument("--vertex", help="a folder for the pools in the format of Vertex AI Vector Search")
     options, rest = parser.parse_known_args(given)
     chosen = config.from_command_line(rest)
     if options.untrained and not chosen.workdir:

@@ -26,7 +26,7 @@ from trace_jax.data.processor import decode_image
 from trace_jax.data.schema import TASKS, Document
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
-from trace_jax.retrieval.embedder import QueryResults
+from trace_jax.retrieval.embedder import Encoded
 from trace_jax.retrieval.evaluation import is_right, load_results, metrics_path, run_file
 from trace_jax.training.metrics import read_metrics
 
@@ -93,7 +93,7 @@ class Examples:
         benchmark: Benchmark,
         query_set: QuerySet,
         labelled: Labelled,
-        results: QueryResults,
+        results: Encoded,
     ) -> None:
         self._benchmark, self._query_set, self._labelled, self._results = (
             benchmark,

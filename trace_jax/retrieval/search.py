@@ -91,7 +91,7 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
         query = dataclasses.replace(query, instruction=_instruction(benchmark, task_id, query))
     retriever = Retriever.load(config)
     index = SearchIndex.load(folder, key=retriever.key)
-    results = retriever.encode_queries([query], mode, cut=False)
+    results = retriever.encode_query([query], mode, cut=False)
     rows, scores = index.search(results.embeddings, top)
     candidates = benchmark.candidates
     hits = [

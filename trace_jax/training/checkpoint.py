@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 from typing import Any
@@ -17,7 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from trace_jax.config import ROOT, Config, to_json
+from trace_jax.config import ROOT, Config, from_json, to_json
 from trace_jax.data.schema import tree_bytes
 
 log = logging.getLogger(__name__)
@@ -142,3 +143,16 @@ def code_version() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = ""
     return {"commit": commit, "sources": digest.hexdigest()[:16]}
+
+
+def read_config(run: str | os.PathLike) -> Config:
+    """The configuration that the newest checkpoint of a run's folder, local or gs://, was saved with.
+
+    The folder may have moved since. Raises CheckpointError where there is no checkpoint.
+    """
+    folder = epath.Path(run) / "checkpoints"
+    steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.exists() else []
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {folder}: give the folder of a run that launch/train.py wrote")
+    meta = json.loads((folder / str(steps[-1]) / "meta" / "metadata").read_text())
+    return dataclasses.replace(from_json(meta["config"]), workdir=str(run))

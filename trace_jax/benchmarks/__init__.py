@@ -1,0 +1,1 @@
+"""Parts of the program, measured beside a peer or a bound; `launch/benchmark.py` runs them."""

@@ -1,0 +1,250 @@
+"""The reasoning engine: what reasoning and drafts cost, and the whole beside transformers."""
+
+import dataclasses
+import itertools
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from trace_jax.benchmarks.measuring import report, timed
+from trace_jax.data.processor import Sequence as Tokens
+from trace_jax.data.schema import Query
+from trace_jax.model.vision import normalize_pixels
+from trace_jax.retrieval import program
+from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.embedder import Retriever
+from trace_jax.training import convert
+
+
+def _test_queries(retriever: Retriever, count: int) -> tuple[list[Query], np.ndarray]:
+    """So many test queries, evenly from all query files that have training data, and which of them are complex."""
+    benchmark = Benchmark(retriever.config)
+    files = [benchmark.load(q) for q in benchmark.query_sets if q.split == "test" and q.trained]
+    queries = list(itertools.chain(*(file.queries for file in files)))
+    is_complex = np.concatenate([file.complex for file in files])
+    chosen = np.linspace(0, len(queries) - 1, min(count, len(queries))).round().astype(int)
+    return [queries[i] for i in chosen], is_complex[chosen]
+
+
+def _variant(retriever: Retriever, **options: Any) -> Retriever:
+    """The same model with other options of `evaluation`."""
+    changed = dataclasses.replace(retriever.config.evaluation, **options)
+    return retriever.configured(dataclasses.replace(retriever.config, evaluation=changed))
+
+
+def engine(
+    run: str = "runs/quickstart",
+    root: str = "data",
+    count: int = 256,
+    turns: int = 3,
+    json: pathlib.Path | None = None,
+) -> None:
+    """What reasoning costs: adaptive beside direct, and a mixed batch beside the ideal.
+
+    The ideal for a mixed batch is the time of direct for the queries that do not reason, and of decoding the others
+    alone, in the best of several batch sizes.
+
+    Args:
+        run: the folder of a trained run.
+        root: where its release is.
+        count: test queries, simple and complex.
+        turns: of each measurement; the median counts.
+        json: where to write the figures.
+    """
+    retriever = _load(run, root)
+    queries, is_complex = _test_queries(retriever, count)
+    simple = [query for query, hard in zip(queries, is_complex, strict=True) if not hard]
+    thinks = retriever.encode_query(queries, "adaptive").reasoned
+    quick, hard = ([q for q, long in zip(queries, thinks, strict=True) if long == kind] for kind in (False, True))
+    contestants: dict[str, Callable[[], object]] = {
+        "direct, simple queries": lambda: retriever.encode_query(simple, "direct"),
+        "adaptive, simple queries": lambda: retriever.encode_query(simple, "adaptive"),
+        "adaptive, mixed": lambda: retriever.encode_query(queries, "adaptive"),
+        "direct, those that do not reason": lambda: retriever.encode_query(quick, "direct"),
+        "adaptive, those that do not reason": lambda: retriever.encode_query(quick, "adaptive"),
+    }
+    for size in (32, 64, 128):
+        alone = _variant(retriever, batch_size=size)
+        contestants[f"the others, {size} at once"] = lambda alone=alone: alone.encode_query(hard, "adaptive")
+    seconds = timed(contestants, turns)
+    decoding = min(each for name, each in seconds.items() if name.startswith("the others"))
+    ideal = seconds["direct, those that do not reason"] + decoding
+    print(f"{len(queries)} test queries, {len(simple)} simple; {len(hard)} reason. {turns} turns, medians\n")
+    for name, each in seconds.items():
+        print(f"{name:36}{each:8.2f} s")
+    ratios = {
+        "adaptive / direct, simple queries": seconds["direct, simple queries"] / seconds["adaptive, simple queries"],
+        "the same, where none reasons": seconds["direct, those that do not reason"]
+        / seconds["adaptive, those that do not reason"],
+        "ideal / adaptive, mixed": ideal / seconds["adaptive, mixed"],
+    }
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name:36}{ratio:8.3f}")
+    report({"seconds": seconds, "ratios": ratios, "queries": len(queries), "reason": len(hard)}, json)
+
+
+def drafts(
+    run: str = "runs/quickstart",
+    root: str = "data",
+    count: int = 256,
+    turns: int = 3,
+    json: pathlib.Path | None = None,
+) -> None:
+    """What guessing tokens is worth, for one query at a time, a few, and many.
+
+    Args:
+        run: the folder of a trained run.
+        root: where its release is.
+        count: test queries, simple and complex; those that reason are taken.
+        turns: of each measurement; the median counts.
+        json: where to write the figures.
+    """
+    retriever = _load(run, root)
+    queries, _ = _test_queries(retriever, count)
+    thinks = retriever.encode_query(queries, "adaptive").reasoned
+    hard = [query for query, long in zip(queries, thinks, strict=True) if long]
+    some = {1: hard[:16], 8: hard[:64], 128: hard}  # by how many are decoded at once
+    figures = []
+    for size, taken in some.items():
+        guessing = {number: _variant(retriever, batch_size=size, drafts=number) for number in (0, 2, 4)}
+
+        def encode(guess: Retriever, size: int = size, taken: Sequence[Query] = taken) -> None:
+            for first in range(0, len(taken), size):
+                guess.encode_query(taken[first : first + size], "adaptive")
+
+        runs = {str(number): lambda guess=guess, encode=encode: encode(guess) for number, guess in guessing.items()}
+        seconds = timed(runs, turns)
+        for number, guess in guessing.items():
+            rate, work = len(taken) / seconds[str(number)], guess.work
+            accepted = (work.tokens / work.useful - 1) / number if number else 0.0
+            gain = seconds["0"] / seconds[str(number)]
+            figures.append({"at_once": size, "drafts": number, "queries_per_second": rate, "accepted": accepted})
+            print(f"{size:4} at once, {number} drafts:{rate:8.1f} queries/s{accepted:6.0%} accepted, {gain:.2f} times")
+    report({"drafts": figures, "reason": len(hard)}, json)
+
+
+def _load(run: str, root: str) -> Retriever:
+    """The retriever of a run, with its release in `root`."""
+    program.prepare_logging()
+    loaded = Retriever.load(run)
+    data = dataclasses.replace(loaded.config.data, root=root)
+    return loaded.configured(dataclasses.replace(loaded.config, data=data))
+
+
+def transformers(
+    run: str = "runs/quickstart",
+    root: str = "data",
+    count: int = 128,
+    turns: int = 3,
+    json: pathlib.Path | None = None,
+) -> None:
+    """The engine beside transformers: same weights, prompts and processors, and the same tokens out.
+
+    Ours is timed from text and image files; transformers is given prepared tensors, sorted by length, in the best of
+    several batch sizes.
+
+    Args:
+        run: the folder of a trained run, exported for the purpose.
+        root: where its release is.
+        count: test queries; those that the release calls complex must always reason, all are embedded directly.
+        turns: of each measurement; the median counts.
+        json: where to write the figures.
+    """
+    retriever = _load(run, root)
+    queries, is_complex = _test_queries(retriever, count)
+    hard = [query for query, deep in zip(queries, is_complex, strict=True) if deep]
+    with tempfile.TemporaryDirectory() as folder:
+        convert.export_merged(retriever.config, f"{folder}/model", dtype="float32")
+        theirs = _Transformers(f"{folder}/model", retriever)
+    sizes = (16, 64)
+    contestants: dict[str, Callable[[], Any]] = {
+        "direct, trace_jax": lambda: retriever.encode_query(queries, "direct").embeddings,
+        "always, trace_jax": lambda: retriever.encode_query(hard, "always").traces,
+    }
+    for size in sizes:
+        direct, always = theirs.batches(queries, size), theirs.batches(hard, size)
+        contestants[f"direct, transformers, {size} at once"] = lambda batches=direct: theirs.embed(batches)
+        contestants[f"always, transformers, {size} at once"] = lambda batches=always: theirs.write(batches)
+    outputs = {name: contestant() for name, contestant in contestants.items()}
+    seconds = timed(contestants, turns)
+    for name, each in seconds.items():
+        print(f"{name:36}{each:8.2f} s")
+    written = outputs["always, trace_jax"]
+    off = np.abs(outputs["direct, trace_jax"] - outputs[f"direct, transformers, {sizes[0]} at once"]).max()
+    same = np.mean([a == b for a, b in zip(written, outputs[f"always, transformers, {sizes[0]} at once"], strict=True)])
+    ratios = {
+        kind: min(seconds[f"{kind}, transformers, {size} at once"] for size in sizes) / seconds[f"{kind}, trace_jax"]
+        for kind in ("direct", "always")
+    }
+    print(
+        f"\n{len(hard)} traces, {same:.1%} the same; embeddings of {len(queries)} queries differ by at most {off:.1e}"
+    )
+    print("; ".join(f"{kind}: {ratio:.2f} times transformers" for kind, ratio in ratios.items()))
+    report({"seconds": seconds, "ratios": ratios, "same_traces": same, "largest_difference": float(off)}, json)
+
+
+class _Transformers:
+    """Hugging Face's own model, with batches as it takes them: padded on the left."""
+
+    def __init__(self, folder: str, retriever: Retriever) -> None:
+        import torch  # of requirements-dev.txt
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self.torch, self.retriever = torch, retriever
+        self.model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.limit = retriever.config.evaluation.max_trace_tokens
+
+    def batches(self, queries: Sequence[Query], size: int) -> list[tuple[list[int], dict]]:
+        """Indices and arguments of each batch, by length."""
+        sequences = [self.retriever.processor.query(query) for query in queries]
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        chosen = [order[first : first + size] for first in range(0, len(order), size)]
+        return [(members, self._arguments([sequences[i] for i in members])) for members in chosen]
+
+    def _arguments(self, sequences: Sequence[Tokens]) -> dict:
+        processor, vision = self.retriever.processor, self.retriever.model.architecture.vision
+        length, images = max(map(len, sequences)), [image for each in sequences for image in each.images]
+        tokens, mask = np.full((2, len(sequences), length), processor.pad, np.int64)
+        mask[:] = 0
+        for row, sequence in enumerate(sequences):
+            tokens[row, length - len(sequence) :], mask[row, length - len(sequence) :] = sequence.tokens, 1
+        arguments: dict[str, np.ndarray] = {
+            "input_ids": tokens,
+            "attention_mask": mask,
+            "mm_token_type_ids": (tokens == processor.image_pad).astype(np.int32),
+        }
+        if images:
+            values = [np.asarray(normalize_pixels(jnp.asarray(image.values), vision)) for image in images]
+            unit = vision.merge_unit  # units in reading order
+            values = [v.reshape(-1, unit, v.shape[1])[i.slots] for v, i in zip(values, images, strict=True)]
+            arguments["pixel_values"] = np.concatenate(values).reshape(-1, vision.patch_dim)
+            grids = [[1, *(vision.merge_size * side for side in image.grid)] for image in images]
+            arguments["image_grid_thw"] = np.array(grids)
+        return {name: self.torch.tensor(value) for name, value in arguments.items()}
+
+    def embed(self, batches: Sequence[tuple[list[int], dict]]) -> np.ndarray:
+        """The state at the end of each prompt, of unit length, in the order of the queries."""
+        found: dict[int, np.ndarray] = {}
+        with self.torch.inference_mode():
+            for members, arguments in batches:
+                states = self.model.model(**arguments, use_cache=False).last_hidden_state[:, -1].numpy()
+                found |= dict(zip(members, states / np.linalg.norm(states, axis=1, keepdims=True), strict=True))
+        return np.stack([found[i] for i in range(len(found))])
+
+    def write(self, batches: Sequence[tuple[list[int], dict]]) -> list[str]:
+        """Greedy traces in the order of the queries; the first token may not end one."""
+        processor, found = self.retriever.processor, {}
+        ends = [processor.emb, processor.end]
+        options = {"do_sample": False, "min_new_tokens": 1, "max_new_tokens": self.limit, "eos_token_id": ends}
+        with self.torch.inference_mode():
+            for members, arguments in batches:
+                out = self.model.generate(**arguments, **options, pad_token_id=processor.pad).numpy()
+                for i, row in zip(members, out[:, arguments["input_ids"].shape[1] :], strict=True):
+                    over = np.flatnonzero(np.isin(row, [*ends, processor.pad]))
+                    found[i] = processor.decode(row[: over[0]] if len(over) else row).strip()
+        return [found[i] for i in range(len(found))]

@@ -1,0 +1,37 @@
+"""Fair timing of contestants on a busy machine, and the figures as JSON."""
+
+import collections
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+def interleaved(
+    contestants: dict[str, Callable[[Any], object]],
+    inputs: Sequence[Any],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each contestant; they take turns at every input, so that a busy machine hurts all alike."""
+    seconds = collections.defaultdict(list)
+    for one in inputs:
+        for name, run in contestants.items():
+            started = clock()
+            run(one)
+            seconds[name].append(clock() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def report(figures: dict, file: pathlib.Path | None) -> None:
+    """Writes the figures as JSON, if asked to."""
+    if file is not None:
+        file.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def timed(contestants: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
+    """Median seconds of each, after one run to compile."""
+    for run in contestants.values():
+        run()
+    return interleaved({name: lambda _, run=run: run() for name, run in contestants.items()}, range(turns))
