@@ -125,6 +125,7 @@ class Evaluation:
     max_trace_tokens: int = 64
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    benchmark: str = ""  # the release that is searched and measured on; default data.release
     mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 
 
@@ -146,6 +147,11 @@ class Config:
     def run_dir(self) -> str:
         """Where checkpoints, events, embeddings and reports of the run go; local or gs://."""
         return self.workdir or f"runs/{self.name}"
+
+    @property
+    def benchmark(self) -> str:
+        """The release that is searched and measured on."""
+        return self.evaluation.benchmark or self.data.release
 
 
 def to_json(config: Config) -> dict[str, Any]:

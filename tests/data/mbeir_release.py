@@ -118,9 +118,7 @@ def write_release(root: pathlib.Path, queries: int = 4) -> pathlib.Path:
                 own = dataset == "mscoco" or split != "test"  # val and test share a pool, but for MSCOCO
                 shift = 7 * task + 31 * SPLITS.index(split)
                 if own:
-                    made = [
-                        writer.candidate(dataset, MODALITIES[task][1], shift + n) for n in range(2 * queries)
-                    ]
+                    made = [writer.candidate(dataset, MODALITIES[task][1], shift + n) for n in range(2 * queries)]
                 else:
                     made = by_split["val"]
                     shift = 7 * task + 31

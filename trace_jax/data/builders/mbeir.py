@@ -41,6 +41,12 @@ TRAIN_POOL = "mbeir_union_train_cand_pool"
 """The split of the candidates that holds the positives of all training queries."""
 
 MODALITIES = {"text": "text", "image": "image", "image,text": "image,text", "text,image": "image,text"}
+SIDES = {"t": "text", "i": "image", "it": "image,text"}
+"""A side of a task's name -> its modality."""
+QIDS, DIDS = 500_000, 10_000_000
+"""M-BEIR's integer of an id is its data set times one of these, plus its number."""
+
+_ID = re.compile(r"\d+:\d+")
 _TAILS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}
 
 
@@ -127,9 +133,7 @@ def pictures(folder: Path | epath.Path) -> Picture:
         try:
             data = (folder / relative).read_bytes()
         except OSError as error:
-            raise ReleaseError(
-                f"{where}: no picture {relative!r} under {folder}; unpack mbeir_images there"
-            ) from error
+            raise ReleaseError(f"{where}: no picture {relative!r} under {folder}; unpack mbeir_images there") from error
         for head, tail in _TAILS.items():
             if data.startswith(head) and tail not in data[-64:]:
                 raise ReleaseError(f"{where}: the picture {relative!r} is cut short; unpack it again")
@@ -156,7 +160,7 @@ def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
     found = []
     for item in record.get(name) or []:
         did = item.get("did") if isinstance(item, dict) else item
-        if not isinstance(did, str) or ":" not in did:
+        if not isinstance(did, str) or not _ID.fullmatch(did):
             raise ReleaseError(f'{where}: {item!r} in {name} is no id like "7:341"')
         found.append(did)
     return found
@@ -165,7 +169,7 @@ def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
 def _id(record: dict[str, Any], name: str, where: str) -> str:
     """A qid or did: "<dataset_id>:<number>"."""
     found = _field(record, name, where)
-    if not isinstance(found, str) or not re.fullmatch(r"\d+:\d+", found):
+    if not isinstance(found, str) or not _ID.fullmatch(found):
         raise ReleaseError(f'{where}: the {name} {found!r} is not of the form "<dataset_id>:<number>"')
     return found
 
@@ -225,7 +229,8 @@ def load_qrels(path: Path | str) -> dict[str, set[str]]:
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             parts = line.split()
-            if len(parts) not in (4, 5) or not parts[3].isdigit():
+            ids = [part for part in (*parts[:1], *parts[2:3]) if _ID.fullmatch(part)]
+            if len(parts) not in (4, 5) or len(ids) != 2 or not parts[3].isdigit():
                 raise ReleaseError(f"{path}, line {number}: expected 5 columns: qid 0 did 1 task_id")
             if int(parts[3]) > 0:
                 found.setdefault(parts[0], set()).add(parts[2])
@@ -251,15 +256,15 @@ def read_instructions(release: Path) -> dict[tuple[int, str, str], list[str]]:
 
 
 def hash_qid(qid: str) -> int:
-    """M-BEIR's integer for a query id: dataset * 500,000 + number."""
+    """M-BEIR's integer for a query id."""
     dataset, number = qid.split(":")
-    return int(dataset) * 500_000 + int(number)
+    return int(dataset) * QIDS + int(number)
 
 
 def hash_did(did: str) -> int:
-    """M-BEIR's integer for a candidate id: dataset * 10,000,000 + number."""
+    """M-BEIR's integer for a candidate id."""
     dataset, number = did.split(":")
-    return int(dataset) * 10_000_000 + int(number)
+    return int(dataset) * DIDS + int(number)
 
 
 # Writing ArrayRecord --------------------------------------------------------------------------
