@@ -46,9 +46,7 @@ class Arguments:
 def copy_texts(source: epath.Path, release: pathlib.Path) -> None:
     """Copies all but the pictures, file by file; a file that is there with its size is not copied again."""
     for folder in TEXTS:
-        if not (source / folder).exists():
-            continue
-        for path in (source / folder).rglob("*"):
+        for path in (*source.glob(f"{folder}/*"), *source.glob(f"{folder}/*/*")):
             target = release / path.relative_to(source)
             if path.is_dir() or (target.exists() and target.stat().st_size == path.stat().length):
                 continue

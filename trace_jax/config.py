@@ -59,7 +59,8 @@ class Data:
     prompts: Literal["paper", "short"] = "paper"  # the task prompts of the paper's Fig. 5, or two words
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
-    traces: bool = True  # False trains plain contrastive: every query is simple
+    trace: Literal["both", "reasoning", "answer", "none"] = "both"  # what of it is a target (paper Table 5)
+    closing_tag: str = ""  # written after a trace; the embedding is then read at its end (paper Table 4)
     max_positives: int = 8  # K
     hard_negatives: int = 0  # H: drawn for each query from its list in the release
     max_trace_tokens: int = 384

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -99,11 +99,10 @@ def encode(
     """Encodes a query file, loaded with a prompt, in one mode and keeps the result."""
     if mode == "given":
         count, has_trace = len(labelled.queries), np.array([bool(trace) for trace in labelled.traces], bool)
-        vectors = retriever.encode_queries_with_traces(labelled.queries, labelled.traces)
-        lengths = [len(retriever.processor.encode(trace)) if trace else 0 for trace in labelled.traces]
-        results = QueryResults(
-            vectors, labelled.traces, np.array(lengths, np.int32), has_trace, np.zeros(count, bool), 0.0
-        )
+        traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
+        vectors = retriever.encode_queries_with_traces(labelled.queries, traces)
+        lengths = [len(retriever.processor.encode(trace)) if trace else 0 for trace in traces]
+        results = QueryResults(vectors, traces, np.array(lengths, np.int32), has_trace, np.zeros(count, bool), 0.0)
     else:
         results = retriever.encode_queries(labelled.queries, mode, names=labelled.qids, timed=True)
     artifacts.write_arrays(
@@ -228,7 +227,11 @@ def measure(
     ceiling = by_mode.pop("given", None)
     wrote = chosen.reasoned & complex_
     right = np.array(
-        [is_right(trace, answer) for trace, answer in zip(chosen.traces, labelled.answers, strict=True)], bool
+        [
+            is_right(trace.removesuffix(config.data.closing_tag), answer)
+            for trace, answer in zip(chosen.traces, labelled.answers, strict=True)
+        ],
+        bool,
     )
     return {
         "dataset": query_set.dataset,
@@ -352,13 +355,18 @@ def metrics_path(config: Config) -> epath.Path:
     return epath.Path(config.run_dir) / ("metrics.json" if own else f"metrics_{config.benchmark}.json")
 
 
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in sorted(folder.iterdir()):
+        yield from _files(path) if path.is_dir() else (path,)
+
+
 def checkpoint_hash(config: Config, step: int) -> str | None:
     """SHA-256 of the trained parameters' files, names and bytes; None for a base alone."""
     folder = epath.Path(config.run_dir) / "checkpoints" / str(step) / "trainable"
     if not folder.exists():
         return None
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in _files(folder):
         digest.update(str(path.relative_to(folder)).encode())
         with path.open("rb") as file:
             while part := file.read(1 << 24):
