@@ -2,7 +2,8 @@
 
 `python launch/prepare_data.py mbeir --source /path/to/M-BEIR` asks for every file of M-BEIR and compares its counts
 with the published ones; under any other name, what is there is checked. --source may be a bucket (gs://): its texts are
-copied, its pictures are read from there. Nothing is built from a release with a problem, and all problems are listed.
+copied, its pictures are read from there. The names of unseen.py (urban1k, circo, ...) take a benchmark as its authors
+release it (docs/data.md says which files). Nothing is built from a release with a problem, and all problems are listed.
 What is done already is skipped.
 """
 
@@ -18,7 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import tyro
 from etils import epath
 
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import mbeir, unseen
 from trace_jax.data.builders.check import check
 from trace_jax.retrieval import artifacts, program
 
@@ -30,7 +31,7 @@ class Arguments:
     """What to prepare, and where."""
 
     name: tyro.conf.Positional[str]
-    """mbeir, or a name of your own."""
+    """mbeir, one of unseen.SETS, or a name of your own."""
     source: str
     """The release: a folder, or gs://BUCKET/FOLDER."""
     data_dir: pathlib.Path = pathlib.Path("data")
@@ -77,6 +78,9 @@ def main(arguments: Arguments) -> None:
         if "://" in arguments.source:
             release = folder / "release"
             copy_texts(source, release)
+        if arguments.name in unseen.SETS:
+            release = folder / "release"
+            unseen.write(arguments.name, pathlib.Path(arguments.source), release)
         report = check(release, folder / "check", images=arguments.source, complete=arguments.name == "mbeir")
         print(report.table, flush=True)
         report.raise_for_problems()

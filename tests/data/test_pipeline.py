@@ -131,7 +131,7 @@ def test_a_trace_is_what_the_configuration_wants_of_it(tiny_config, processor):
 
     whole, reasoning, answer = (targets(trace=kind) for kind in ("both", "reasoning", "answer"))
     tagged = targets(closing_tag="</think>")
-    assert targets(trace="none") == dict.fromkeys(whole, [])
+    assert targets(trace="none") == {name: [] for name in whole}
     tag = processor.encode("</think>")
     for name, tokens in whole.items():
         text = processor.decode(tokens)

@@ -55,6 +55,7 @@ class Labelled:
     qids: list[str]
     queries: list[Query]
     positives: list[frozenset[int]]  # dids as integers; empty where nothing is right
+    galleries: list[frozenset[int]]  # what a query is measured among, of a benchmark that says so; else none
     complex: np.ndarray  # [n] bool: a trace belongs to it
     reasonings: list[str]
     answers: list[str]
@@ -198,7 +199,9 @@ class Benchmark:
         """
         source = mbeir.load_queries(self.folder, query_set.stem)
         records = [source[row] for row in range(len(source))]
-        qrels = mbeir.load_qrels(self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt")
+        path = self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
+        qrels, judged = mbeir.load_qrels(path), mbeir.load_judged(path)
+        limited = not all(all(dids.values()) for dids in judged.values())  # only then are wrong answers listed
         task = query_set.task_id
         return Labelled(
             qids=[record["qid"] for record in records],
@@ -209,6 +212,9 @@ class Benchmark:
                 for record in records
             ],
             positives=[frozenset(map(mbeir.hash_did, qrels.get(record["qid"], ()))) for record in records],
+            galleries=[frozenset(map(mbeir.hash_did, judged.get(record["qid"], ()))) for record in records]
+            if limited
+            else [],
             complex=np.array([record["complex"] for record in records], bool),
             reasonings=[record["reasoning"] for record in records],
             answers=[record["answer"] for record in records],

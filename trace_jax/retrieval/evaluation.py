@@ -23,7 +23,7 @@ from trace_jax.retrieval.benchmark import POOLS, PROMPTS, SPLITS, Benchmark, Lab
 from trace_jax.retrieval.embedder import QueryResults, Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
-from trace_jax.retrieval.measures import POOL_CAVEAT, hits_at, measure_all, percent, recalls
+from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, measure_all, percent, recalls
 from trace_jax.retrieval.pools import CandidateVectors
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ EvaluationMode = Mode | Literal["given"]  # "given" hands every query its true t
 MODES = ("adaptive", "direct", "always", "given")
 FASHION = ("fashion200k", "fashioniq")  # measured deeper, as UniIR does
 FASHION_KS = (20, 50)
+MEAN_PRECISION = ("circo_val",)  # measured by mAP, as CIRCO's authors do
+CIRCO_KS = (5, 10, 25, 50)
 BY_KIND = 5  # the k of the recall that is broken down by the kind of query
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
@@ -143,23 +145,43 @@ class Searcher:
         query_set: QuerySet,
         mode: EvaluationMode,
         scope: str,
-        qids: Sequence[str],
+        labelled: Labelled,
         results: QueryResults,
         *,
         prompt: int = 0,
     ) -> np.ndarray:
         """The dids found in the local or global pool, as integers, best first: [n, k] int64. Writes the run file."""
-        k, index = depth(self.config, query_set), self.index(pool_of(query_set, scope))
-        rows, scores = index.search(results.embeddings, k)
-        found = np.where(rows >= 0, index.ids[rows], -1)
+        k = depth(self.config, query_set)
+        if scope == "local" and labelled.galleries:
+            found, scores = self._search_galleries(labelled.galleries, results.embeddings, k)
+        else:
+            index = self.index(pool_of(query_set, scope))
+            rows, scores = index.search(results.embeddings, k)
+            found = np.where(rows >= 0, index.ids[rows], -1)
         lines = []
-        for qid, ids, values in zip(qids, found.tolist(), scores.tolist(), strict=True):
+        for qid, ids, values in zip(labelled.qids, found.tolist(), scores.tolist(), strict=True):
             ranked = enumerate(zip(ids, values, strict=True), start=1)
             lines += [
                 f"{qid} Q0 {did_of(did)} {rank} {value:.6f} {mode}\n" for rank, (did, value) in ranked if did >= 0
             ]
         artifacts.write_bytes(run_file(self.config, query_set, mode, scope, prompt), "".join(lines).encode())
         return found
+
+    def _search_galleries(
+        self, galleries: Sequence[frozenset[int]], queries: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks the few candidates of each query, as an index does: dids [n, k] int64 (-1 beyond them), scores."""
+        store = CandidateVectors(self.config, self.benchmark)
+        ids = np.unique(np.concatenate([np.fromiter(each, np.int64) for each in galleries]))
+        vectors = store.read(store.candidates.rows(ids))
+        found = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for query, gallery in enumerate(galleries):
+            own = np.sort(np.fromiter(gallery, np.int64))
+            values = vectors[np.searchsorted(ids, own)] @ queries[query]
+            order = np.argsort(-values, kind="stable")[:k]  # equal scores by did
+            found[query, : len(order)], scores[query, : len(order)] = own[order], values[order]
+        return found, scores
 
     def check(self, pool: str, queries: np.ndarray) -> None:
         """Compares an index with exact search on some queries [q, D]."""
@@ -177,7 +199,8 @@ def pool_of(query_set: QuerySet, scope: str) -> str:
 
 def ks_of(config: Config, query_set: QuerySet) -> tuple[int, ...]:
     """The k of recall@k: those of the configuration, and UniIR's deeper ones for fashion."""
-    return config.evaluation.ks + (FASHION_KS if query_set.dataset in FASHION else ())
+    deeper = FASHION_KS if query_set.dataset in FASHION else ()
+    return config.evaluation.ks + (CIRCO_KS[-2:] if query_set.dataset in MEAN_PRECISION else deeper)
 
 
 def depth(config: Config, query_set: QuerySet) -> int:
@@ -208,8 +231,11 @@ def measure(
     for mode, result in results.items():
         by_mode[mode] = row = {scope: {} for scope in POOLS}
         for scope in pools:
-            found = searcher.search(query_set, mode, scope, labelled.qids, result)
+            found = searcher.search(query_set, mode, scope, labelled, result)
             row[scope] = measure_all(found, labelled.positives, ks)
+            if query_set.dataset in MEAN_PRECISION:
+                precisions = {k: average_precision_at(found, labelled.positives, k) for k in CIRCO_KS}
+                row[scope] |= {f"mAP@{k}": percent(values) for k, values in precisions.items()}
             if scope == "local" and mode == main:
                 hits = hits_at(found, labelled.positives, BY_KIND)
                 by_kind = {
@@ -263,7 +289,7 @@ def spread(
         rows = []
         for prompt, (labelled, results) in enumerate(each):
             mode = searcher.config.evaluation.mode
-            found = searcher.search(query_set, mode, scope, labelled.qids, results, prompt=prompt)
+            found = searcher.search(query_set, mode, scope, labelled, results, prompt=prompt)
             rows.append(recalls(found, labelled.positives, ks_of(searcher.config, query_set)))
         figures[scope] = {
             k: {"mean": round(float(np.mean(values)), 2), "deviation": round(float(np.std(values, ddof=1)), 2)}

@@ -225,15 +225,20 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
 
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
     """Qid -> dids of its right answers, from a qrels file (qid 0 did relevance task)."""
-    found: dict[str, set[str]] = {}
+    judged = load_judged(path)
+    return {qid: right for qid, dids in judged.items() if (right := {did for did in dids if dids[did]})}
+
+
+def load_judged(path: Path | str) -> dict[str, dict[str, bool]]:
+    """Qid -> did -> whether it is right, of all that a qrels file judges."""
+    found: dict[str, dict[str, bool]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             parts = line.split()
             ids = [part for part in (*parts[:1], *parts[2:3]) if _ID.fullmatch(part)]
             if len(parts) not in (4, 5) or len(ids) != 2 or not parts[3].isdigit():
                 raise ReleaseError(f"{path}, line {number}: expected 5 columns: qid 0 did 1 task_id")
-            if int(parts[3]) > 0:
-                found.setdefault(parts[0], set()).add(parts[2])
+            found.setdefault(parts[0], {})[parts[2]] = int(parts[3]) > 0
     return found
 
 
