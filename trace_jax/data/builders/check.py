@@ -85,10 +85,10 @@ class Report:
     def table(self) -> str:
         """One line a file: records beside the published count, then how many of what went wrong."""
         width = max(len(row.file) for row in self.rows)
-        lines = [f"{'file':{width}} {'records':>10} {'published':>10} " + " ".join(f"{c:>16}" for c in COLUMNS)]
+        lines = [f"{'file':{width}} {'records':>10} {'published':>10} " + " ".join(COLUMNS)]
         for row in self.rows:
             differs = "≠" if row.published and not agrees(row.records, row.published) else " "
-            cells = " ".join(f"{row.counts.get(column, 0) or '·':>16}" for column in COLUMNS)
+            cells = " ".join(f"{row.counts.get(column, 0) or '·':>{len(column)}}" for column in COLUMNS)
             lines.append(f"{row.file:{width}} {row.records:>10,} {differs + row.published:>10} {cells}")
         return "\n".join(lines)
 
