@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax.config import Config, to_json
@@ -23,8 +25,9 @@ from trace_jax.retrieval.benchmark import POOLS, PROMPTS, SPLITS, Benchmark, Lab
 from trace_jax.retrieval.embedder import QueryResults, Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
-from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, measure_all, percent, recalls
+from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, percent, rankings, recalls
 from trace_jax.retrieval.pools import CandidateVectors
+from trace_jax.training.train import split_model
 
 log = logging.getLogger(__name__)
 
@@ -229,13 +232,14 @@ def measure(
     by_mode: dict[str, Any] = {}
     by_kind: dict[str, Any] = {}
     for mode, result in results.items():
-        by_mode[mode] = row = {scope: {} for scope in POOLS}
+        by_mode[mode] = row = {scope: {} for scope in POOLS} | {"ranking": {}}
         for scope in pools:
             found = searcher.search(query_set, mode, scope, labelled, result)
-            row[scope] = measure_all(found, labelled.positives, ks)
+            row[scope] = recalls(found, labelled.positives, ks)
+            row["ranking"][scope] = rankings(found, labelled.positives)
             if query_set.dataset in MEAN_PRECISION:
                 precisions = {k: average_precision_at(found, labelled.positives, k) for k in CIRCO_KS}
-                row[scope] |= {f"mAP@{k}": percent(values) for k, values in precisions.items()}
+                row["ranking"][scope] |= {f"mAP@{k}": percent(values) for k, values in precisions.items()}
             if scope == "local" and mode == main:
                 hits = hits_at(found, labelled.positives, BY_KIND)
                 by_kind = {
@@ -381,22 +385,14 @@ def metrics_path(config: Config) -> epath.Path:
     return epath.Path(config.run_dir) / ("metrics.json" if own else f"metrics_{config.benchmark}.json")
 
 
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in sorted(folder.iterdir()):
-        yield from _files(path) if path.is_dir() else (path,)
-
-
-def checkpoint_hash(config: Config, step: int) -> str | None:
-    """SHA-256 of the trained parameters' files, names and bytes; None for a base alone."""
-    folder = epath.Path(config.run_dir) / "checkpoints" / str(step) / "trainable"
-    if not folder.exists():
-        return None
+def checkpoint_hash(config: Config, retriever: Retriever) -> str:
+    """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same wherever it is sharded."""
+    _, trainable, _ = split_model(retriever.model, config.model.trainable)
     digest = hashlib.sha256()
-    for path in _files(folder):
-        digest.update(str(path.relative_to(folder)).encode())
-        with path.open("rb") as file:
-            while part := file.read(1 << 24):
-                digest.update(part)
+    flat = {"/".join(map(str, path)): parameter for path, parameter in traverse_util.flatten_dict(trainable).items()}
+    for path, parameter in sorted(flat.items()):
+        values = np.asarray(multihost_utils.process_allgather(parameter, tiled=True))
+        digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
     return digest.hexdigest()
 
 
@@ -429,7 +425,7 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
         "checkpoint": {
             "step": retriever.step,
             "identity": retriever.identity,
-            "sha256": checkpoint_hash(config, retriever.step),
+            "sha256": checkpoint_hash(config, retriever),
             "queries_key": queries_key(config, retriever),
         },
         "average": average("local"),
@@ -470,12 +466,13 @@ def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def describe(metrics: dict[str, Any]) -> str:
     """The figures in a few lines."""
-    columns = ("R@1", "R@5", "R@10", "R@50", "MRR@10", "nDCG@10")
+    columns = ("R@1", "R@5", "R@10", "R@50", "true R@10", "MRR@10", "nDCG@10", "mAP@5")
     width = max(map(len, metrics["files"]), default=0)
-    head = "".join(f"{name:>9}" for name in ("queries", "pool", *columns))
-    lines = [f"{'':{width}}{head}{'global R@5':>12}{'reasoned':>10}"]
+    head = "".join(f"{name:>10}" for name in columns)
+    lines = [f"{'':{width}}{'queries':>9}{'pool':>9}{head}{'global R@5':>12}{'reasoned':>10}"]
     for stem, entry in metrics["files"].items():
-        local = "".join(f"{_cell(entry['local'].get(k)):>9}" for k in columns)
+        figures = entry["local"] | entry["ranking"].get("local", {})
+        local = "".join(f"{_cell(figures.get(name)):>10}" for name in columns)
         lines.append(
             f"{stem:{width}}{entry['queries']:9,}{entry['local_pool']:9,}{local}"
             f"{_cell(entry['global'].get('R@5')):>12}{entry['reasoned_fraction']:10.2f}"

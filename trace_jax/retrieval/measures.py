@@ -77,10 +77,9 @@ def recalls(found: np.ndarray, positives: Positives, ks: Sequence[int]) -> dict[
     return {f"R@{k}": percent(hits_at(found, positives, k)) for k in ks}
 
 
-def measure_all(found: np.ndarray, positives: Positives, ks: Sequence[int]) -> dict[str, float]:
-    """All in percent: the benchmark's recall at each of `ks`, the others at the largest of them up to 10."""
-    k = max((k for k in ks if k <= 10), default=min(ks))
-    return recalls(found, positives, ks) | {
+def rankings(found: np.ndarray, positives: Positives, k: int = 10) -> dict[str, float]:
+    """What else is said of the first k, in percent: true recall, mean reciprocal rank, nDCG."""
+    return {
         f"true R@{k}": percent(true_recall_at(found, positives, k)),
         f"MRR@{k}": percent(reciprocal_rank(found[:, :k], positives)),
         f"nDCG@{k}": percent(ndcg_at(found, positives, k)),
