@@ -8,9 +8,11 @@ from etils import epath
 
 from launch import prepare_data
 from tests.data.mbeir_release import write_release
+from tests.data.test_unseen import genecis
 from tests.test_end_to_end import figures
 from trace_jax import sharding
 from trace_jax.config import Config, Mesh
+from trace_jax.data.builders import mbeir
 from trace_jax.data.builders.check import PUBLISHED
 from trace_jax.data.tokenizer import Processor
 from trace_jax.retrieval import evaluation
@@ -147,6 +149,30 @@ def test_a_benchmark_other_than_the_runs_own_release_has_metrics_of_its_own(prep
     assert metrics_path(config).name == "metrics_mbeir.json"
     with pytest.raises(SystemExit):
         arguments(["emoji_tiny", "--pools", "locale"], None)
+
+
+def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path):
+    genecis(tmp_path / "source")
+    prepare_data.main(prepare_data.Arguments("genecis", str(tmp_path / "source"), data_dir=tmp_path / "data"))
+    data = dataclasses.replace(prepared.data, root=str(tmp_path / "data"))
+    searched = dataclasses.replace(prepared.evaluation, benchmark="genecis")
+    config = dataclasses.replace(prepared, data=data, evaluation=searched, workdir=str(tmp_path / "run"))
+    benchmark = Benchmark(config)
+    embed_candidates(config, retriever, benchmark)
+    build_indexes(config, benchmark)
+    metrics, _ = evaluate(config, retriever, benchmark)
+    assert not metrics["tasks"] and set(metrics["unseen"]) == {query_set.dataset for query_set in benchmark.query_sets}
+    for query_set in benchmark.query_sets:
+        labelled, entry = benchmark.load(query_set), metrics["files"][query_set.stem]
+        found: dict[str, list[int]] = {qid: [] for qid in labelled.qids}
+        for line in run_file(config, query_set, "adaptive", "local").read_text().splitlines():
+            qid, _, did, *_ = line.split()
+            found[qid].append(mbeir.hash_did(did))
+        firsts = [ids[0] in right for ids, right in zip(found.values(), labelled.positives, strict=True)]
+        assert [set(ids) for ids in found.values()] == labelled.galleries
+        assert entry["local"]["R@1"] == round(100 * sum(firsts) / len(firsts), 2) and entry["local"]["R@5"] == 100
+    assert "VIST" in write_report(config, benchmark).read_text()
+    assert metrics_path(config).name == "metrics_genecis.json"
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[s
                 metrics["checkpoint"]["queries_key"],
                 [stem for stem, entry in metrics["files"].items() if entry["local"]],
             ),
-            "tables": write_tables(epath.Path(config.run_dir) / "tables", metrics, config.name),
+            "tables": write_tables(config, metrics),
             "candidates": len(benchmark.candidates),
             "licences": licences.read_text(encoding="utf-8") if licences.exists() else "",
         }

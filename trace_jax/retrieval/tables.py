@@ -1,4 +1,4 @@
-"""The paper's Table 1 with our row beside the published ones, as text, CSV, LaTeX and HTML.
+"""The paper's Tables 1 and 3 with our row beside the published ones, as text, CSV and LaTeX (and in the report's page).
 
 Published figures are data (`published.toml`), each with its source. Ours is measured: `<run_dir>/metrics*.json`.
 """
@@ -6,6 +6,7 @@ Published figures are data (`published.toml`), each with its source. Ours is mea
 import csv
 import dataclasses
 import io
+import math
 import pathlib
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
 
 PUBLISHED = pathlib.Path(__file__).parent / "published.toml"
@@ -40,8 +42,10 @@ class Table:
     @property
     def cells(self) -> list[list[str]]:
         """Everything as it is printed: the head, then a line a row."""
-        head = ["", *self.columns, "Avg"]
-        return [head, *([row.name, *map(_cell, (*row.values, row.average))] for row in self.rows)]
+        averaged = any(row.average is not None for row in self.rows)
+        head = ["", *self.columns, *(["Avg"] if averaged else [])]
+        lines = [[row.name, *map(_cell, row.values), *([_cell(row.average)] if averaged else [])] for row in self.rows]
+        return [head, *lines]
 
     def text(self) -> str:
         """For a terminal."""
@@ -84,40 +88,65 @@ def _escape(text: str) -> str:
     return text
 
 
-def table1(metrics: dict[str, Any], name: str, scope: str = "local") -> Table | None:
-    """The paper's Table 1 with the row of a run, from its metrics; None when it holds no file of M-BEIR's test split.
+def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") -> Table | None:
+    """A table of the paper ("table1", "table3") with the row of a run, from its metrics; None when it fills no column.
 
     The published figures are of the local pools; beside the global one (`scope`) there are none. Our mean is over all
-    16 files, and left out while one is missing.
+    columns, and left out while one is missing, or where the paper has none.
     """
     with PUBLISHED.open("rb") as file:
-        published = tomllib.load(file)["table1"]
+        published = tomllib.load(file)[which]
     columns: Sequence[dict[str, Any]] = published["columns"]
-    files = metrics["files"]
-    values = tuple(files.get(column["file"], {}).get(scope, {}).get(f"R@{column['k']}") for column in columns)
+    values = tuple(_measured(metrics["files"], column, scope) for column in columns)
     known = [value for value in values if value is not None]
     if not known:
         return None
-    average = float(np.mean(known)) if len(known) == len(values) else None
-    checkpoint = (metrics["checkpoint"]["sha256"] or "the base alone")[:12]
-    said = f"measured: config {metrics['config_hash']}, step {metrics['checkpoint']['step']}, checkpoint {checkpoint}"
-    ours = Row(
-        name, values, average, f"{said}, mode {metrics['mode']}, first prompts, {scope} pools of {metrics['release']}"
+    whole = len(known) == len(values) and "average" in published["rows"][0]
+    checkpoint = metrics["checkpoint"]
+    source = (
+        f"measured: config {metrics['config_hash']}, step {checkpoint['step']}, checkpoint {checkpoint['sha256'][:12]},"
+        f" mode {metrics['mode']}, first prompts, {scope} pools of {metrics['release']}"
     )
-    others = tuple(Row(row["name"], tuple(row["values"]), row["average"], row["source"]) for row in published["rows"])
+    ours = Row(name, values, float(np.mean(known)) if whole else None, source)
+    others = tuple(
+        Row(
+            row["name"],
+            tuple(None if math.isnan(value) else value for value in row["values"]),
+            row.get("average"),
+            row["source"],
+        )
+        for row in published["rows"]
+    )
     title = published["title"] if scope == "local" else published["title"].replace("local pools", "global pool")
     rows = (*others, ours) if scope == "local" else (ours,)
     return Table(title, tuple(column["name"] for column in columns), rows)
 
 
-def write_tables(folder: epath.Path, metrics: dict[str, Any], name: str) -> list[Table]:
-    """Writes table1.{txt,csv,tex} (and table1_global.*) to a folder, where there is something to tell."""
-    written = []
-    for stem, scope in (("table1", "local"), ("table1_global", "global")):
-        table = table1(metrics, name, scope)
-        if table is None:
+def _measured(files: dict[str, Any], column: dict[str, Any], scope: str) -> float | None:
+    """The mean of a column's measure over its files; None while one of them is not measured."""
+    entries = [files.get(stem, {scope: {}, "ranking": {}}) for stem in column["files"]]
+    values = [(entry[scope] | entry["ranking"].get(scope, {})).get(column["measure"]) for entry in entries]
+    return None if None in values else float(np.mean(values))
+
+
+def write_tables(config: Config, metrics: dict[str, Any]) -> list[Table]:
+    """Writes `<run_dir>/tables/` where there is something to tell: table1 and table1_global of M-BEIR, and table3 of
+    all the unseen benchmarks that were measured with the same checkpoint; each as .txt, .csv and .tex.
+    """
+    run_dir, written = epath.Path(config.run_dir), []
+    measured = [artifacts.read_json(path) for path in sorted(run_dir.glob("metrics_*.json"))]
+    same = [other for other in measured if other and other["checkpoint"]["sha256"] == metrics["checkpoint"]["sha256"]]
+    unseen = {stem: entry for other in same for stem, entry in other["files"].items()}
+    everything = metrics | {"files": unseen | metrics["files"], "release": "each benchmark"}
+    kinds = (
+        ("table1", table("table1", metrics, config.name)),
+        ("table1_global", table("table1", metrics, config.name, "global")),
+        ("table3", table("table3", everything, config.name)),
+    )
+    for stem, made in kinds:
+        if made is None:
             continue
-        for ending, content in (("txt", table.text()), ("csv", table.csv()), ("tex", table.latex())):
-            artifacts.write_bytes(folder / f"{stem}.{ending}", content.encode())
-        written.append(table)
+        for ending, content in (("txt", made.text()), ("csv", made.csv()), ("tex", made.latex())):
+            artifacts.write_bytes(run_dir / "tables" / f"{stem}.{ending}", content.encode())
+        written.append(made)
     return written
