@@ -6,6 +6,7 @@ returns every problem that a step finds, so that one round of mending is enough.
 file whose pictures were all found good is remembered, and they are not decoded again.
 """
 
+import array
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -227,9 +229,8 @@ class _Check:
 
     def _read(self, path: Path, split: str = "") -> _Read:
         """Reads a pool, or the query file of a split."""
-        row, ids, pictures, named = self._row(path), [], {}, []
-        seen: dict[int, int] = {}
-        numbers = iter(range(1, 1 << 62))
+        row, pictures, seen = self._row(path), {}, {}
+        ids, named = array.array("q"), array.array("q")  # a file may name millions
         at = 0
 
         def note(relative: str | None, _: str) -> bytes:
@@ -237,33 +238,31 @@ class _Check:
                 pictures.setdefault(relative, at)
             return b"there" if relative else b""
 
-        records = mbeir.lines(path)
-        while True:
-            at = next(numbers)
-            try:
-                where, record = next(records)
-            except StopIteration:
-                break
-            except ReleaseError as error:  # nothing can be said of what follows a line that is no JSON
-                row.add("malformed", str(error))
-                break
-            row.records += 1
-            try:
-                if split:
-                    query = mbeir.read_query(where, record, {}, note)
-                    self._check_query(where, query, path, split)
-                    ids.append(mbeir.hash_qid(query["qid"]))
-                    named += [(mbeir.hash_did(did), at) for did in query["pos_dids"] + query["neg_dids"]]
-                    shown = query["qid"]
-                else:
-                    shown = mbeir.read_candidate(where, record, note)["did"]
-                    ids.append(mbeir.hash_did(shown))
-            except ReleaseError as error:
-                row.add("malformed", str(error))
-                continue
-            first = seen.setdefault(ids[-1], at)
-            if first != at and split != "train":  # the union of training repeats the queries of small data sets
-                row.add("duplicate ids", f"{where}: {shown} stands in line {first} already; remove one of them")
+        def take(where: str, record: dict[str, Any]) -> str:
+            if not split:
+                shown = mbeir.read_candidate(where, record, note)["did"]
+                ids.append(mbeir.hash_did(shown))
+                return shown
+            query = mbeir.read_query(where, record, {}, note)
+            self._check_query(where, query, path, split)
+            ids.append(mbeir.hash_qid(query["qid"]))
+            for did in query["pos_dids"] + query["neg_dids"]:
+                named.extend((mbeir.hash_did(did), at))
+            return query["qid"]
+
+        try:
+            for at, (where, record) in enumerate(mbeir.lines(path), start=1):
+                row.records += 1
+                try:
+                    shown = take(where, record)
+                except ReleaseError as error:
+                    row.add("malformed", str(error))
+                    continue
+                first = seen.setdefault(ids[-1], at)
+                if first != at and split != "train":  # the union of training repeats the queries of small data sets
+                    row.add("duplicate ids", f"{where}: {shown} stands in line {first} already; remove one of them")
+        except ReleaseError as error:  # nothing can be said of what follows a line that is no JSON
+            row.add("malformed", str(error))
         if not row.records and not row.problems:
             row.add("malformed", f"{path}: holds no records; fetch it again")
         pairs = np.array(named, np.int64).reshape(-1, 2)
@@ -293,6 +292,7 @@ class _Check:
 
     def _check_references(self, pools: dict[Path, _Read], queries: dict[Path, _Read]) -> None:
         everything = np.unique(np.concatenate([read.ids for read in pools.values()]))
+        anywhere = set(everything.tolist())
         for path, read in queries.items():
             trains = path.parent.name in ("train", "union_train")
             home = self.release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
@@ -303,9 +303,9 @@ class _Check:
                 read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
             pool = _pool_of(self.release, path.stem)
             if not trains and pool is not None:
-                self._check_qrels(path, read, pools[pool].ids, everything)
+                self._check_qrels(path, read, pools[pool].ids, anywhere)
 
-    def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, everything: np.ndarray) -> None:
+    def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:
         qrels = self.release / "qrels" / path.parent.name / f"{path.stem}_qrels.txt"
         row = self._row(qrels)
         try:
@@ -314,13 +314,13 @@ class _Check:
             row.add("malformed", str(error))
             return
         row.records = sum(map(len, found.values()))
-        asked, here, known = set(read.ids.tolist()), set(local.tolist()), set(everything.tolist())
+        asked, here = set(read.ids.tolist()), set(local.tolist())
         for qid, dids in found.items():
             if mbeir.hash_qid(qid) not in asked:
                 row.add("dangling ids", f"{qrels}: the query {qid} is not in {path}; fetch both again")
             for did in sorted(dids):
                 number = mbeir.hash_did(did)
-                if number not in known:
+                if number not in anywhere:
                     row.add("dangling ids", f"{qrels}: {did}, the answer to {qid}, is in no pool; add it to its pool")
                 elif number not in here:
                     row.add("elsewhere")
