@@ -41,10 +41,10 @@ def test_a_claim_holds_when_every_seed_says_so(differences, margin, said):
 
 def made_up(level: float) -> dict:
     modes = {
-        mode: {"local": {"R@5": level + shift}, "local_complex": {"R@5": level + 2 * shift}}
-        for mode, shift in (("adaptive", 2), ("direct", 0), ("always", -3))
+        mode: {"local": {"R@5": level + shift}, "local_complex": {"R@5": level + 2 * shift}, "queries_per_second": rate}
+        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0))
     }
-    simple = {"complex_queries": 0, "modes": {mode: {"local": row["local"]} for mode, row in modes.items()}}
+    simple = {"complex_queries": 0, "modes": {mode: row | {"local_complex": {}} for mode, row in modes.items()}}
     routing = {"complex_reasoned": 90.0, "simple_direct": 80.0}
     tasks = {"it2i": {"complex_queries": 9, "modes": modes}, "t2i": simple}
     return {"mode": "adaptive", "release": "made up", "tasks": tasks, "routing": routing}
@@ -58,6 +58,7 @@ def test_the_page_compares_seed_by_seed():
     assert lifted[3:6] == ["59.0 ± 7.1", "55.0 ± 7.1", "holds"]  # complex: 54 and 64 against 50 and 60
     assert next(row for row in rows if row[1].startswith("Training with traces"))[5] == "cannot be told"
     assert next(row for row in rows if row[1].startswith("Reasoning about every"))[5] == "holds"
+    assert "| always | 49.0 ± 7.1 | 52.0 ± 7.1 | 4.0 ± 0.0 |" in page  # complex, simple, queries per second
     assert "1.5 hours" in page and "`--data.trace none`" in page
 
 

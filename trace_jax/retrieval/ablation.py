@@ -116,6 +116,11 @@ def recall_at_5(metrics: dict[str, Any], side: Side) -> float:
     return float(np.mean(rows))
 
 
+def speed(metrics: dict[str, Any], mode: str) -> float:
+    """The mean over tasks of queries per second."""
+    return float(np.mean([entry["modes"][mode]["queries_per_second"] for entry in metrics["tasks"].values()]))
+
+
 def verdict(differences: Sequence[float], margin: float) -> str:
     """What the differences of several seeds, better minus worse, say of a claim."""
     if min(differences) > margin:
@@ -124,7 +129,9 @@ def verdict(differences: Sequence[float], margin: float) -> str:
 
 
 def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: float) -> str:
-    """The page (Markdown) of a whole suite: `results` holds each variant's metrics, a seed each."""
+    """The page (Markdown) of a whole suite, of which "trace" is the base: `results` holds each variant's metrics, a
+    seed each.
+    """
 
     def values(side: Side) -> np.ndarray:
         return np.array([recall_at_5(metrics, side) for metrics in results[side.variant]])
@@ -148,6 +155,11 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
             better, worse = values(claim.better), values(claim.worse)
             word = verdict((better - worse).tolist(), claim.margin)
             lines.append(f"| {claim.text} | {claim.paper} | {shown(better)} | {shown(worse)} | {word} |")
+    lines += ["", "| mode (paper, Table 2) | complex | simple | queries/s |", "|---|---|---|---|"]
+    for mode in ("direct", "adaptive", "always"):
+        figures = [shown(values(Side("trace", mode, queries))) for queries in ("complex", "simple")]
+        speeds = shown(np.array([speed(metrics, mode) for metrics in results["trace"]]))
+        lines.append(f"| {mode} | {' | '.join(figures)} | {speeds} |")
     lines += ["", "| variant | options | all | complex | simple | reasons if complex | direct if simple |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for variant, runs in results.items():
