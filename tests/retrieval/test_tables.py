@@ -66,3 +66,14 @@ def test_unseen_benchmarks_of_one_checkpoint_fill_one_table(tmp_path):
     (made,) = write_tables(config, circo)
     ours = dict(zip(made.columns, made.rows[-1].values, strict=True))
     assert {name: value for name, value in ours.items() if value is not None} == {"GeneCIS": 1.5, "CIRCO": 7.0}
+
+
+def test_the_means_over_prompts_are_a_row_of_their_own():
+    metrics = metrics_with({"mbeir_cirr_task7_test": {"R@5": 50.0}, "mbeir_edis_task2_test": {"R@5": 40.0}})
+    spread = {"R@5": {"mean": 48.0, "deviation": 2.5}}
+    metrics["files"]["mbeir_cirr_task7_test"]["prompts"] = {"local": spread}
+    made = table("table1", metrics, "mine")
+    assert made is not None and made.rows[-2].name == "mine"
+    means = dict(zip(made.columns, made.rows[-1].values, strict=True))
+    assert means["CIRR it→i"] == 48.0 and means["EDIS t→it"] is None
+    assert "deviation is 2.5 at most" in made.rows[-1].source

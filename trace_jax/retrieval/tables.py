@@ -90,6 +90,7 @@ def _escape(text: str) -> str:
 
 def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") -> Table | None:
     """A table of the paper ("table1", "table3") with the row of a run, from its metrics; None when it fills no column.
+    Where each of the four prompts was asked with, a second row holds the means over prompts.
 
     The published figures are of the local pools; beside the global one (`scope`) there are none. Our mean is over all
     columns, and left out while one is missing, or where the paper has none.
@@ -97,28 +98,36 @@ def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") 
     with PUBLISHED.open("rb") as file:
         published = tomllib.load(file)[which]
     columns: Sequence[dict[str, Any]] = published["columns"]
-    values = tuple(_measured(metrics["files"], column, scope) for column in columns)
-    known = [value for value in values if value is not None]
-    if not known:
-        return None
-    whole = len(known) == len(values) and "average" in published["rows"][0]
     checkpoint = metrics["checkpoint"]
     source = (
         f"measured: config {metrics['config_hash']}, step {checkpoint['step']}, checkpoint {checkpoint['sha256'][:12]},"
-        f" mode {metrics['mode']}, first prompts, {scope} pools of {metrics['release']}"
+        f" mode {metrics['mode']}, {scope} pools of {metrics['release']}"
     )
-    ours = Row(name, values, float(np.mean(known)) if whole else None, source)
+
+    def row(label: str, values: tuple[float | None, ...], said: str) -> Row | None:
+        known = [value for value in values if value is not None]
+        whole = len(known) == len(values) and "average" in published["rows"][0]
+        return Row(label, values, float(np.mean(known)) if whole else None, f"{source}, {said}") if known else None
+
+    first = row(name, tuple(_measured(metrics["files"], column, scope) for column in columns), "first prompts")
+    if first is None:
+        return None
+    means = tuple(_over_prompts(metrics["files"], column, scope, "mean") for column in columns)
+    deviations = [_over_prompts(metrics["files"], column, scope, "deviation") for column in columns]
+    largest = max((value for value in deviations if value is not None), default=0.0)
+    every = row(f"{name}, 4 prompts", means, f"means over four prompts, whose deviation is {largest:.1f} at most")
+    ours = (first, every) if every else (first,)
     others = tuple(
         Row(
-            row["name"],
-            tuple(None if math.isnan(value) else value for value in row["values"]),
-            row.get("average"),
-            row["source"],
+            other["name"],
+            tuple(None if math.isnan(value) else value for value in other["values"]),
+            other.get("average"),
+            other["source"],
         )
-        for row in published["rows"]
+        for other in published["rows"]
     )
     title = published["title"] if scope == "local" else published["title"].replace("local pools", "global pool")
-    rows = (*others, ours) if scope == "local" else (ours,)
+    rows = (*others, *ours) if scope == "local" else ours
     return Table(title, tuple(column["name"] for column in columns), rows)
 
 
@@ -126,6 +135,13 @@ def _measured(files: dict[str, Any], column: dict[str, Any], scope: str) -> floa
     """The mean of a column's measure over its files; None while one of them is not measured."""
     entries = [files.get(stem, {scope: {}, "ranking": {}}) for stem in column["files"]]
     values = [(entry[scope] | entry["ranking"].get(scope, {})).get(column["measure"]) for entry in entries]
+    return None if None in values else float(np.mean(values))
+
+
+def _over_prompts(files: dict[str, Any], column: dict[str, Any], scope: str, figure: str) -> float | None:
+    """The mean of a column's "mean" or "deviation" over prompts; None where a file was asked with its first alone."""
+    entries = [files.get(stem, {}).get("prompts", {}).get(scope, {}) for stem in column["files"]]
+    values = [entry.get(column["measure"], {}).get(figure) for entry in entries]
     return None if None in values else float(np.mean(values))
 
 
