@@ -187,6 +187,20 @@ def test_all_problems_are_listed_and_counted(release, tmp_path):
     assert len(report.problems) == 2
 
 
+def test_a_fault_that_was_looked_at_is_counted_only(release, tmp_path):
+    repeat(POOL)(release)
+    change(QUERIES, 2, pos_cand_list=["7:99"])(release)
+    with pytest.raises(mbeir.ReleaseError, match="1 problems"):  # ids are looked for once all records are clean
+        check(release, tmp_path, complete=True).raise_for_problems()
+    accepted = ("duplicate ids", "dangling ids")
+    report = check(release, tmp_path, complete=True, accepted=accepted)
+    report.raise_for_problems()
+    counts = {row.file: row.counts for row in report.rows if row.counts}
+    assert counts[POOL] == {"duplicate ids": 1} and counts[QUERIES] == {"dangling ids": 1}
+    prepare_data.main(prepare_data.Arguments("mbeir", str(release), data_dir=tmp_path / "data", accept=accepted))
+    assert len(mbeir.load_candidates(tmp_path / "data/mbeir", pathlib.Path(POOL).stem)) == 5
+
+
 def test_blank_pictures_are_counted_and_good_ones_are_not_decoded_again(release, tmp_path, monkeypatch):
     Image.new("RGB", (30, 30), "white").save(release / "mbeir_images/own.jpg")
     change(QUERIES, 2, query_img_path="mbeir_images/own.jpg")(release)

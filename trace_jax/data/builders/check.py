@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,17 @@ class Row:
     published: str = ""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of COLUMNS
     problems: list[str] = dataclasses.field(default_factory=list)
+    notes: tuple[str, ...] = NOTES  # columns that are counted, and no fault
+
+    @property
+    def faults(self) -> int:
+        """How much is wrong."""
+        return sum(count for column, count in self.counts.items() if column not in self.notes)
 
     def add(self, column: str, message: str = "", times: int = 1) -> None:
         """Counts something; the first few of each kind are written out, unless it is a mere note."""
         self.counts[column] = self.counts.get(column, 0) + times
-        if column not in NOTES and self.counts[column] <= SHOWN:
+        if column not in self.notes and self.counts[column] <= SHOWN:
             self.problems.append(message)
 
 
@@ -96,8 +102,7 @@ class Report:
 
     def raise_for_problems(self) -> None:
         """Raises ReleaseError with all problems that are written out."""
-        faults = sum(n for row in self.rows for column, n in row.counts.items() if column not in NOTES)
-        if faults:
+        if faults := sum(row.faults for row in self.rows):
             raise ReleaseError(f"{faults} problems in {self.release}:\n" + "\n".join(self.problems))
 
 
@@ -108,16 +113,19 @@ def agrees(count: int, published: str) -> bool:
     return abs(count - float(digits) * unit) <= step / 2
 
 
-def check(release: Path, kept: Path, *, images: str = "", complete: bool = False) -> Report:
+def check(
+    release: Path, kept: Path, *, images: str = "", complete: bool = False, accepted: Sequence[str] = ()
+) -> Report:
     """Looks a release over; `complete` also asks for all the files of M-BEIR, and compares with its published counts.
 
-    `images` is where the pictures' paths start, local or gs://; without it, the release. `kept` is the folder that
-    remembers which pictures are good.
+    `accepted` are columns that are counted only, among "dangling ids" and "duplicate ids". `images` is where the
+    pictures' paths start, local or gs://; without it, the release. `kept` is the folder that remembers which pictures
+    are good.
     """
     report = Report(release, [])
     _check_files(report, complete)
     if not report.problems:
-        _Check(report, kept, epath.Path(images or release), complete).run()
+        _Check(report, kept, epath.Path(images or release), complete, (*NOTES, *accepted)).run()
     return report
 
 
@@ -200,8 +208,8 @@ class _Read:
 
 
 class _Check:
-    def __init__(self, report: Report, kept: Path, images: epath.Path, complete: bool) -> None:
-        self.report, self.kept, self.images, self.complete = report, kept, images, complete
+    def __init__(self, report: Report, kept: Path, images: epath.Path, complete: bool, notes: tuple[str, ...]) -> None:
+        self.report, self.kept, self.images, self.complete, self.notes = report, kept, images, complete, notes
         self.release = report.release
         self.prompts: dict[tuple[int, str, str], list[str]] = {}
 
@@ -223,7 +231,8 @@ class _Check:
             self._check_pictures(read)
 
     def _row(self, path: Path) -> Row:
-        row = Row(str(path.relative_to(self.release)), published=_published(path) if self.complete else "")
+        published = _published(path) if self.complete else ""
+        row = Row(str(path.relative_to(self.release)), published=published, notes=self.notes)
         self.report.rows.append(row)
         return row
 
