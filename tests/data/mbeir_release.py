@@ -38,11 +38,12 @@ SHAPES = ("circle", "square", "bar")
 
 
 def jpeg(number: int) -> bytes:
-    """A shape on a ground of another colour."""
+    """A shape on a ground of another colour, and the number."""
     image = Image.new("RGB", (40, 32), COLOURS[(number + 1 + number // 10 % 8) % 10])
     draw = ImageDraw.Draw(image)
     box = (12, 8, 28, 24) if number // 10 % 3 < 2 else (4, 12, 36, 20)
     (draw.ellipse if number // 10 % 3 == 0 else draw.rectangle)(box, fill=COLOURS[number % 10])
+    draw.text((0, 0), str(number), fill=COLOURS[(number + 5) % 10])
     out = io.BytesIO()
     image.save(out, "JPEG", quality=85)
     return out.getvalue()
@@ -111,17 +112,18 @@ def write_release(root: pathlib.Path, queries: int = 4) -> pathlib.Path:
     asked: dict[str, dict[str, list[dict]]] = {split: {} for split in SPLITS}
     unions: dict[str, list[dict]] = {split: [] for split in SPLITS}
     trained: dict[str, list[dict]] = {dataset: [] for dataset in DATASETS}
-    for dataset, (_, tasks) in DATASETS.items():
+    for dataset, (dataset_id, tasks) in DATASETS.items():
         for task in tasks:
             by_split: dict[str, list[dict]] = {}
             for split in SPLITS:
                 own = dataset == "mscoco" or split != "test"  # val and test share a pool, but for MSCOCO
-                shift = 7 * task + 31 * SPLITS.index(split)
+                # No two candidates of a split are alike: their order would be that of the noise of float arithmetic.
+                shift = 100 * dataset_id + 7 * task + 31 * SPLITS.index(split)
                 if own:
                     made = [writer.candidate(dataset, MODALITIES[task][1], shift + n) for n in range(2 * queries)]
                 else:
                     made = by_split["val"]
-                    shift = 7 * task + 31
+                    shift -= 31
                 by_split[split] = made
                 records = [
                     writer.query(dataset, task, shift + n, [made[n]["did"]], [made[n + queries]["did"]])

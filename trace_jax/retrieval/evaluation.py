@@ -232,7 +232,8 @@ def measure(
     by_mode: dict[str, Any] = {}
     by_kind: dict[str, Any] = {}
     for mode, result in results.items():
-        by_mode[mode] = row = {scope: {} for scope in POOLS} | {"ranking": {}}
+        row: dict[str, Any] = {"ranking": {}, **{scope: {} for scope in POOLS}}
+        by_mode[mode] = row
         for scope in pools:
             found = searcher.search(query_set, mode, scope, labelled, result)
             row[scope] = recalls(found, labelled.positives, ks)
@@ -344,7 +345,9 @@ def evaluate(
             labelled = benchmark.load(query_set)
             has_ceiling = query_set.trained and bool(labelled.complex.any())
             wanted: list[EvaluationMode] = [*run, "given"] if has_ceiling else run
-            results = {mode: results_of(query_set, mode, labelled) for mode in wanted}
+            results: dict[EvaluationMode, QueryResults] = {
+                mode: results_of(query_set, mode, labelled) for mode in wanted
+            }
             entries[query_set] = measure(searcher, query_set, labelled, results, scope.pools)
             if scope.prompts == "all":
                 others = [benchmark.load(query_set, prompt) for prompt in range(1, PROMPTS)]
