@@ -12,6 +12,6 @@ config = dataclasses.replace(
     _trace,
     name="emoji_contrastive",
     workdir="",
-    data=dataclasses.replace(_trace.data, traces=False),
+    data=dataclasses.replace(_trace.data, trace="none"),
     evaluation=dataclasses.replace(_trace.evaluation, mode="direct"),
 )

@@ -1,8 +1,7 @@
-"""Builds a data set: the embedded emoji, or any release folder in M-BEIR's layout.
+"""Draws the embedded emoji data: `python launch/build_data.py emoji_small`.
 
-`python launch/build_data.py emoji_small` draws and writes the release, then turns it into ArrayRecord;
-`python launch/build_data.py mbeir --release /path/to/M-BEIR` only does the latter. What is there already is
-skipped.
+The release is written in M-BEIR's layout, then turned into ArrayRecord. What is there already is skipped. A release of
+your own, or M-BEIR, goes through launch/prepare_data.py.
 """
 
 import dataclasses
@@ -25,25 +24,23 @@ class Arguments:
     """What to build, and where."""
 
     name: tyro.conf.Positional[str] = "emoji_small"
-    """emoji_small, emoji_full, tiny, or with --release a name of your own."""
+    """emoji_small, emoji_full, or tiny."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """The folder that holds every data set; this one goes to its subfolder NAME."""
-    release: pathlib.Path | None = None
-    """A release folder in M-BEIR's layout, instead of the embedded emoji."""
 
 
 def main(arguments: Arguments) -> None:
     """Builds what is missing; raises SystemExit with one clear line if it cannot."""
     folder = arguments.data_dir / arguments.name
-    if arguments.release is None and arguments.name not in SIZES:
-        raise SystemExit(f"no data set {arguments.name!r}: choose from {', '.join(SIZES)}, or give --release")
+    if arguments.name not in SIZES:
+        raise SystemExit(
+            f"no data set {arguments.name!r}: choose from {', '.join(SIZES)}; for a release of your own there is"
+            " launch/prepare_data.py"
+        )
     with program.clear_errors(mbeir.ReleaseError), artifacts.stage(str(folder), "data") as stage:
-        source = arguments.release
-        if source is None:
-            source = folder / "release"
-            info = release.build(arguments.name, source)
-            print(f"{source}: {info['pictures']:,} pictures of {info['emoji']:,} emoji", flush=True)
-        stage.worked = mbeir.build(source, folder)
+        info = release.build(arguments.name, folder / "release")
+        print(f"{folder / 'release'}: {info['pictures']:,} pictures of {info['emoji']:,} emoji", flush=True)
+        stage.worked = mbeir.build(folder / "release", folder)
     stamp = json.loads((folder / "records/stamp.json").read_text())
     print(f"{folder / 'records'}: {'written' if stage.worked else 'complete'}, {stamp['fingerprint'][:12]}", flush=True)
 

@@ -1,5 +1,7 @@
-"""Writes `<run_dir>/report.html`: `python launch/report.py [config] [overrides]`.
+"""Writes `<run_dir>/report.html`: `python launch/report.py [config] [--benchmark mbeir] [overrides]`.
 
+Where M-BEIR or the unseen benchmarks were measured, `<run_dir>/tables/` holds the paper's Tables 1 and 3 with our row:
+text, CSV and LaTeX.
 `--compare base=runs/x plain=runs/y` adds the figures of other runs.
 """
 

@@ -60,7 +60,8 @@ class Data:
     max_text_tokens: int = 480  # longer texts of a data set are cut (LamRA's length); a user's are refused
     weights: dict[str, float] = dataclasses.field(default_factory=dict)  # task (t2i, ...) or kind -> share; default 1
     same_task: int = 1  # pairs in a row that are of one task; few of a batch, or its fixed shapes stay half empty
-    traces: bool = True  # False trains plain contrastive: every query is simple
+    trace: Literal["both", "reasoning", "answer", "none"] = "both"  # what of it is a target (paper Table 5)
+    closing_tag: str = ""  # written after a trace; the embedding is then read at its end (paper Table 4)
     max_positives: int = 8  # K
     hard_negatives: int = 0  # H: drawn for each query from its list in the release
     max_trace_tokens: int = 384
@@ -143,6 +144,7 @@ class Evaluation:
     dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    benchmark: str = ""  # the release that is searched and measured on; default data.release
     mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 
 
@@ -164,6 +166,11 @@ class Config:
     def run_dir(self) -> str:
         """Where checkpoints, events, embeddings and reports of the run go; local or gs://."""
         return self.workdir or f"runs/{self.name}"
+
+    @property
+    def benchmark(self) -> str:
+        """The release that is searched and measured on."""
+        return self.evaluation.benchmark or self.data.release
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.data.pipeline import deal, training_batches
+from trace_jax.data.pipeline import deal, retrieval_examples, tokenize, training_batches
 from trace_jax.data.tokenizer import Processor
 
 
@@ -126,7 +126,7 @@ def test_a_batch_that_cannot_be_dealt_is_refused(tiny_config, processor):
 
 
 def test_plain_contrastive_has_no_traces(tiny_config, processor):
-    data = dataclasses.replace(tiny_config.data, traces=False)
+    data = dataclasses.replace(tiny_config.data, trace="none")
     batch = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=1).batches[0]
     assert not batch.reasoned.any()
     assert batch.target_weight.sum() == (batch.query_index >= 0).sum()
@@ -147,3 +147,23 @@ def test_what_fits_no_row_is_refused_by_name(tiny_config, processor):
         training_batches(changed(row_length=16), processor, shards=1)
     with pytest.raises(ValueError, match="images of 64 patches, over --data.patch-row-length 32"):
         Processor.from_hf(tiny_config.model.base, changed(patch_row_length=32).data)
+
+
+def test_a_trace_is_what_the_configuration_wants_of_it(tiny_config, processor):
+    def targets(**options) -> dict[str, list[int]]:
+        data = dataclasses.replace(tiny_config.data, max_trace_tokens=200, row_length=512, **options)  # nothing is cut
+        config = dataclasses.replace(tiny_config, data=data)
+        (examples,) = [source for name, source in retrieval_examples(config, 0).items() if name == "it2i"]
+        found = [tokenize(examples[i], processor, config) for i in range(6)]
+        assert all(item.targets[-1] == processor.emb for item in found)
+        return {item.example.name: item.targets[:-1] for item in found}
+
+    whole, reasoning, answer = (targets(trace=kind) for kind in ("both", "reasoning", "answer"))
+    tagged = targets(closing_tag="</think>")
+    assert targets(trace="none") == {name: [] for name in whole}
+    tag = processor.encode("</think>")
+    for name, tokens in whole.items():
+        text = processor.decode(tokens)
+        assert text == f"{processor.decode(reasoning[name])} {processor.decode(answer[name])}".strip()
+        assert tagged[name] == ([*tokens, *tag] if tokens else [])
+    assert any(whole.values())

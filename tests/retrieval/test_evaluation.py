@@ -125,9 +125,9 @@ def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retrieve
     labelled = benchmark_.load(query_set)
     hits = [bool(set(ids[row[:5]].tolist()) & right) for row, right in zip(rows, labelled.positives, strict=True)]
     assert metrics["tasks"][query_set.task]["local"]["R@5"] == pytest.approx(100 * np.mean(hits), abs=0.01)
-    lines = run_file(config, query_set, "adaptive", "single").read_text().splitlines()
-    qid, q0, did, rank, _, run_id, task = lines[0].split()
-    assert (qid, q0, rank, run_id, int(task)) == (labelled.qids[0], "Q0", "1", "adaptive", query_set.task_id)
+    lines = run_file(config, query_set, "adaptive", "local").read_text().splitlines()
+    qid, q0, did, rank, _, run_id = lines[0].split()
+    assert (qid, q0, rank, run_id) == (labelled.qids[0], "Q0", "1", "adaptive")
     assert did == did_of(int(ids[rows[0, 0]]))
     assert len(lines) == 10 * len(labelled.qids)
 

@@ -1,7 +1,7 @@
 """Writes a finished build.
 
 OUTPUT/release    an M-BEIR release: cot/train/*_cot.jsonl, the queries that are kept, links to all the rest of the
-                  source; launch/build_data.py reads it like any other
+                  source; launch/prepare_data.py reads it like any other
 OUTPUT/records    the same as TFDS data sets in ArrayRecord: queries joined with their traces by qid
 OUTPUT/rows       everything that is known of every kept row: <stem>.jsonl and <stem>.parquet
 OUTPUT/dropped    the same of dropped rows, with their reasons: <stem>.jsonl

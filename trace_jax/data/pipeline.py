@@ -29,6 +29,7 @@ from trace_jax.data.schema import TASKS, Batch, Document, Example, Query
 from trace_jax.data.tokenizer import Processor, append
 
 MEASURED_BATCHES = 8  # batches looked at to choose the static shapes
+TRACE_PARTS = {"both": ("reasoning", "answer"), "reasoning": ("reasoning",), "answer": ("answer",), "none": ()}
 SLACK = 1.02  # room above the fullest of them
 
 
@@ -97,7 +98,7 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
         return Example(
             query=Query(record["query_txt"], image, choices[rng.integers(len(choices))]),
             document=document(did),
-            target=f"{record['reasoning']} {record['answer']}".strip() if config.data.traces else "",
+            target=" ".join(record[part] for part in TRACE_PARTS[config.data.trace]).strip(),
             task=record["task_id"],
             document_key=mbeir.hash_did(did),
             positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
@@ -202,6 +203,8 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
         wanted = [example.document, *(negative for negative, _ in example.negatives)]
         closing, documents = processor.emb, [processor.document(each, example.name) for each in wanted]
     trace = processor.encode(example.target)[: config.data.max_trace_tokens] if example.target else []
+    if trace and config.data.closing_tag:
+        trace = [*trace, *processor.encode(config.data.closing_tag)]
     query = append(prompt, trace)
     longest = max(map(len, (query, *documents)))
     if longest > config.data.row_length:

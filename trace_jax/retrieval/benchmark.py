@@ -12,6 +12,7 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,8 +21,8 @@ from trace_jax.data.builders import mbeir
 from trace_jax.data.schema import TASKS, Document, Query
 
 SPLITS = ("val", "test")
-_MODALITIES = {"t": "text", "i": "image", "it": "image,text"}
-_DIDS = 10_000_000  # M-BEIR's integer of a did is dataset * 10,000,000 + number
+POOLS = ("local", "global")
+PROMPTS = 4  # M-BEIR's, for each data set and task
 _FILE = re.compile(r"mbeir_(?P<dataset>\w+)_task(?P<task>\d)_(?P<split>val|test)")
 
 
@@ -54,6 +55,7 @@ class Labelled:
     qids: list[str]
     queries: list[Query]
     positives: list[frozenset[int]]  # dids as integers; empty where nothing is right
+    galleries: list[frozenset[int]]  # what a query is measured among, of a benchmark that says so; else none
     complex: np.ndarray  # [n] bool: a trace belongs to it
     reasonings: list[str]
     answers: list[str]
@@ -68,18 +70,21 @@ class Labelled:
 
 def did_of(number: int) -> str:
     """The did of M-BEIR's integer; the inverse of `mbeir.hash_did`."""
-    return f"{number // _DIDS}:{number % _DIDS}"
+    return f"{number // mbeir.DIDS}:{number % mbeir.DIDS}"
 
 
 class Benchmark:
     """The evaluation side of `<root>/<release>`. Raises FileNotFoundError when its records are not built."""
 
     def __init__(self, config: Config) -> None:
-        self.name = config.data.release
-        self.folder = pathlib.Path(config.data.root) / config.data.release
+        self.name = config.benchmark
+        self.folder = pathlib.Path(config.data.root) / self.name
         release = self.folder / "release"
         if not release.is_dir():
-            raise FileNotFoundError(f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first")
+            raise FileNotFoundError(
+                f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first"
+                " (or launch/prepare_data.py for a release that is not the emoji's)"
+            )
         self.pools = tuple(sorted(path.stem for path in (release / "cand_pool" / "local").glob("*.jsonl")))
         self.trained = {
             path.stem.removeprefix("mbeir_").removesuffix("_train")
@@ -152,34 +157,64 @@ class Benchmark:
     def _instructions(self) -> dict[tuple[int, str, str], list[str]]:
         return mbeir.load_instructions(self.folder)
 
-    def instruction(self, task_id: int, dataset_id: int | None = None) -> str:
-        """The first prompt of a task: evaluation is deterministic, where M-BEIR draws one of four.
+    def instruction(self, task_id: int, dataset_id: int | None = None, prompt: int = 0) -> str:
+        """A prompt of a task, the first unless told: evaluation is deterministic, where M-BEIR draws one of four.
 
-        `dataset_id` defaults to the first data set that has the task. Raises ValueError when none does.
+        `dataset_id` defaults to the first data set that has the task. Raises ValueError when none does, or where it has
+        fewer prompts.
         """
-        source, target = (_MODALITIES[side] for side in TASKS[task_id].split("2"))
+        source, target = (mbeir.SIDES[side] for side in TASKS[task_id].split("2"))
         for (dataset, query, candidate), prompts in self._instructions.items():
-            if (query, candidate) == (source, target) and dataset_id in (None, dataset):
-                return prompts[0]
-        raise ValueError(f"{self.folder}: no instruction for {TASKS[task_id]} of data set {dataset_id}")
+            if (query, candidate) == (source, target) and dataset_id in (None, dataset) and prompt < len(prompts):
+                return prompts[prompt]
+        raise ValueError(
+            f"{self.folder}: no instruction {prompt + 1} for {TASKS[task_id]} of data set {dataset_id}; add it to"
+            " release/instructions/query_instructions.tsv"
+        )
 
     def count(self, query_set: QuerySet) -> int:
         """The number of queries of a file, without reading them."""
         return len(mbeir.load_queries(self.folder, query_set.stem))
 
-    def load(self, query_set: QuerySet) -> Labelled:
-        """Reads a query file. The positives are those of its qrels; the images stay encoded."""
+    def choose(self, tasks: Sequence[str] = ("all",), splits: Sequence[str] = SPLITS) -> tuple[QuerySet, ...]:
+        """The query files of some splits and tasks; a task is "it2i", "cirr" or "cirr_task7", or "all".
+
+        Raises ValueError for one that fits no file, with a "did you mean".
+        """
+        found = {
+            query_set: {"all", query_set.task, query_set.dataset, f"{query_set.dataset}_task{query_set.task_id}"}
+            for query_set in self.query_sets
+            if query_set.split in splits
+        }
+        known = set().union(*found.values())
+        for task in tasks:
+            if task not in known:
+                near = difflib.get_close_matches(task, known, n=3, cutoff=0.3) or sorted(known)
+                raise ValueError(f"no query file of {self.name} for the task {task!r}: did you mean {', '.join(near)}?")
+        return tuple(query_set for query_set, names in found.items() if names & set(tasks))
+
+    def load(self, query_set: QuerySet, prompt: int = 0) -> Labelled:
+        """Reads a query file, asked with one of its prompts. The positives are those of its qrels; the images stay
+        encoded.
+        """
         source = mbeir.load_queries(self.folder, query_set.stem)
         records = [source[row] for row in range(len(source))]
-        qrels = mbeir.load_qrels(self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt")
+        path = self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
+        qrels, judged = mbeir.load_qrels(path), mbeir.load_judged(path)
+        limited = not all(all(dids.values()) for dids in judged.values())  # only then are wrong answers listed
         task = query_set.task_id
         return Labelled(
             qids=[record["qid"] for record in records],
             queries=[
-                Query(record["query_txt"], record["image"] or None, self.instruction(task, record["dataset_id"]))
+                Query(
+                    record["query_txt"], record["image"] or None, self.instruction(task, record["dataset_id"], prompt)
+                )
                 for record in records
             ],
             positives=[frozenset(map(mbeir.hash_did, qrels.get(record["qid"], ()))) for record in records],
+            galleries=[frozenset(map(mbeir.hash_did, judged.get(record["qid"], ()))) for record in records]
+            if limited
+            else [],
             complex=np.array([record["complex"] for record in records], bool),
             reasonings=[record["reasoning"] for record in records],
             answers=[record["answer"] for record in records],

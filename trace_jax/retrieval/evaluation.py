@@ -1,12 +1,13 @@
 """Recall and what explains it: routing, traces, the ceiling with true traces, speed (paper Sec. 4.2, 4.5,
 Table 2).
 
-Recall@k is UniIR's: 1 if any right answer is among the first k, else 0; a query without right answers
-counts 0. What costs time, the encoding of a query file in one mode, is kept under `<run_dir>/queries/`; all
-else is made anew from it.
+What counts is measured with the first of a task's prompts, so that figures repeat; M-BEIR draws one of four at random.
+What costs time, the encoding of a query file in one mode, is kept under `<run_dir>/queries/`; all else is made anew
+from it.
 """
 
 import dataclasses
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -14,35 +15,33 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from flax import traverse_util
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from trace_jax.config import Config
+from trace_jax.config import Config, to_json
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
+from trace_jax.retrieval.benchmark import POOLS, PROMPTS, SPLITS, Benchmark, Labelled, QuerySet, did_of
 from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
+from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, percent, rankings, recalls
 from trace_jax.retrieval.pools import CandidateVectors
+from trace_jax.training.train import split_model
 
 log = logging.getLogger(__name__)
 
 EvaluationMode = Mode | Literal["given"]  # "given" hands every query its true trace: the ceiling
 MODES = ("adaptive", "direct", "always", "given")
+FASHION = ("fashion200k", "fashioniq")  # measured deeper, as UniIR does
+FASHION_KS = (20, 50)
+MEAN_PRECISION = ("circo_val",)  # measured by mAP, as CIRCO's authors do
+CIRCO_KS = (5, 10, 25, 50)
 BY_KIND = 5  # the k of the recall that is broken down by the kind of query
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
 
-# ---- measures --------------------------------------------------------------------------------------------
-
-
-def hits_at(found: np.ndarray, positives: Sequence[frozenset[int]], k: int) -> np.ndarray:
-    """Whether a right answer is among the first k: found [n, >=k] int64 dids, best first -> [n] bool."""
-    return np.array([not right.isdisjoint(row[:k].tolist()) for row, right in zip(found, positives, strict=True)], bool)
-
-
-def recalls(found: np.ndarray, positives: Sequence[frozenset[int]], ks: Sequence[int]) -> dict[str, float]:
-    """UniIR's recall in percent, {"R@1": ...}; 0 for no queries at all."""
-    return {f"R@{k}": _percent(hits_at(found, positives, k)) for k in ks}
+# ---- traces ----------------------------------------------------------------------------------------------
 
 
 def is_right(trace: str, answer: str) -> bool:
@@ -55,22 +54,36 @@ def _plain(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
-def _percent(values: np.ndarray) -> float:
-    return round(100 * float(np.mean(values)), 2) if len(values) else 0.0
-
-
 # ---- encoding, kept on disk ------------------------------------------------------------------------------
 
 
-def results_path(config: Config, query_set: QuerySet, mode: EvaluationMode) -> epath.Path:
-    """Where the encoded queries of a file and mode lie."""
-    return epath.Path(config.run_dir) / "queries" / config.data.release / mode / f"{query_set.stem}.npz"
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Which part of a benchmark is measured: query files as in `Benchmark.choose`, and the pools they search."""
+
+    tasks: Sequence[str] = ("all",)
+    splits: Sequence[str] = SPLITS
+    pools: Sequence[str] = POOLS
+    prompts: Literal["first", "all"] = "first"  # "all" also asks with each of the four, for their spread
 
 
-def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key: str) -> Encoded | None:
+def _asked(prompt: int) -> str:
+    """What the files of a prompt other than the first are called by."""
+    return f"_prompt{prompt + 1}" if prompt else ""
+
+
+def results_path(config: Config, query_set: QuerySet, mode: EvaluationMode, prompt: int = 0) -> epath.Path:
+    """Where the encoded queries of a file, mode and prompt lie."""
+    folder = epath.Path(config.run_dir) / "queries" / config.benchmark / mode
+    return folder / f"{query_set.stem}{_asked(prompt)}.npz"
+
+
+def load_results(
+    config: Config, query_set: QuerySet, mode: EvaluationMode, key: str, prompt: int = 0
+) -> Encoded | None:
     """The encoded queries of a file; None when they are not there, or of another key, or damaged."""
     try:
-        arrays: dict[str, Any] = artifacts.read_arrays(results_path(config, query_set, mode))
+        arrays: dict[str, Any] = artifacts.read_arrays(results_path(config, query_set, mode, prompt))
         if str(arrays.pop("key")) != key:
             return None
         lists = {name: arrays.pop(name).tolist() for name in ("traces", "errors", "seconds")}
@@ -80,15 +93,22 @@ def load_results(config: Config, query_set: QuerySet, mode: EvaluationMode, key:
 
 
 def encode(
-    config: Config, retriever: Retriever, query_set: QuerySet, mode: EvaluationMode, labelled: Labelled
+    config: Config,
+    retriever: Retriever,
+    query_set: QuerySet,
+    mode: EvaluationMode,
+    labelled: Labelled,
+    *,
+    prompt: int = 0,
 ) -> Encoded:
-    """Encodes a query file in one mode and keeps the result."""
+    """Encodes a query file, loaded with a prompt, in one mode and keeps the result."""
     if mode == "given":
-        results = retriever.encode_query_with_trace(labelled.queries, labelled.traces)
+        traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
+        results = retriever.encode_query_with_trace(labelled.queries, traces)
     else:
         results = retriever.encode_query(labelled.queries, mode, names=labelled.qids)
     artifacts.write_arrays(
-        results_path(config, query_set, mode),
+        results_path(config, query_set, mode, prompt),
         key=np.array(queries_key(config, retriever)),
         **{field.name: np.asarray(getattr(results, field.name)) for field in dataclasses.fields(results)},
     )
@@ -125,24 +145,47 @@ class Searcher:
         return self.indexes[pool]
 
     def search(
-        self, query_set: QuerySet, mode: EvaluationMode, pool: str, qids: Sequence[str], results: Encoded
+        self,
+        query_set: QuerySet,
+        mode: EvaluationMode,
+        scope: str,
+        labelled: Labelled,
+        results: Encoded,
+        *,
+        prompt: int = 0,
     ) -> np.ndarray:
-        """The dids found in a pool, as integers, best first: [n, k] int64. Writes UniIR's run file."""
-        k = max(self.config.evaluation.neighbours, *self.config.evaluation.ks)
-        index = self.index(pool)
-        rows, scores = index.search(results.embeddings, k)
-        found = np.where(rows >= 0, index.ids[rows], -1)
+        """The dids found in the local or global pool, as integers, best first: [n, k] int64. Writes the run file."""
+        k = depth(self.config, query_set)
+        if scope == "local" and labelled.galleries:
+            found, scores = self._search_galleries(labelled.galleries, results.embeddings, k)
+        else:
+            index = self.index(pool_of(query_set, scope))
+            rows, scores = index.search(results.embeddings, k)
+            found = np.where(rows >= 0, index.ids[rows], -1)
         lines = []
-        for qid, ids, values in zip(qids, found.tolist(), scores.tolist(), strict=True):
+        for qid, ids, values in zip(labelled.qids, found.tolist(), scores.tolist(), strict=True):
             ranked = enumerate(zip(ids, values, strict=True), start=1)
             lines += [
-                f"{qid} Q0 {did_of(did)} {rank} {value:.6f} {mode} {query_set.task_id}\n"
-                for rank, (did, value) in ranked
-                if did >= 0
+                f"{qid} Q0 {did_of(did)} {rank} {value:.6f} {mode}\n" for rank, (did, value) in ranked if did >= 0
             ]
-        kind = "union" if pool == query_set.global_pool else "single"
-        artifacts.write_bytes(run_file(self.config, query_set, mode, kind), "".join(lines).encode())
+        artifacts.write_bytes(run_file(self.config, query_set, mode, scope, prompt), "".join(lines).encode())
         return found
+
+    def _search_galleries(
+        self, galleries: Sequence[frozenset[int]], queries: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks the few candidates of each query, as an index does: dids [n, k] int64 (-1 beyond them), scores."""
+        store = CandidateVectors(self.config, self.benchmark)
+        ids = np.unique(np.concatenate([np.fromiter(each, np.int64) for each in galleries]))
+        vectors = store.read(store.candidates.rows(ids))
+        found = np.full((len(queries), k), -1, np.int64)
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        for query, gallery in enumerate(galleries):
+            own = np.sort(np.fromiter(gallery, np.int64))
+            values = vectors[np.searchsorted(ids, own)] @ queries[query]
+            order = np.argsort(-values, kind="stable")[:k]  # equal scores by did
+            found[query, : len(order)], scores[query, : len(order)] = own[order], values[order]
+        return found, scores
 
     def check(self, pool: str, queries: np.ndarray) -> None:
         """Compares an index with exact search on some queries [q, D]."""
@@ -153,31 +196,56 @@ class Searcher:
         self.checked.setdefault(pool, []).append(share)
 
 
-def run_file(config: Config, query_set: QuerySet, mode: EvaluationMode, kind: str) -> epath.Path:
-    """UniIR's run file of a query file: `kind` is "single" (the local pool) or "union" (the global one)."""
-    name = f"mbeir_{query_set.dataset}_task{query_set.task_id}_{kind}_pool_{query_set.split}"
-    k = max(config.evaluation.neighbours, *config.evaluation.ks)
-    return epath.Path(config.run_dir) / "run_files" / mode / f"{name}_k{k}_run.txt"
+def pool_of(query_set: QuerySet, scope: str) -> str:
+    """The pool that a query file searches, "local" or "global"."""
+    return query_set.pool if scope == "local" else query_set.global_pool
+
+
+def ks_of(config: Config, query_set: QuerySet) -> tuple[int, ...]:
+    """The k of recall@k: those of the configuration, and UniIR's deeper ones for fashion."""
+    deeper = FASHION_KS if query_set.dataset in FASHION else ()
+    return config.evaluation.ks + (CIRCO_KS[-2:] if query_set.dataset in MEAN_PRECISION else deeper)
+
+
+def depth(config: Config, query_set: QuerySet) -> int:
+    """How many results of a query are kept."""
+    return max(config.evaluation.neighbours, *ks_of(config, query_set))
+
+
+def run_file(config: Config, query_set: QuerySet, mode: EvaluationMode, scope: str, prompt: int = 0) -> epath.Path:
+    """The results of a query file in TREC's six columns, under UniIR's name: "single" is the local pool."""
+    kind = {"local": "single", "global": "union"}[scope]
+    name = f"mbeir_{query_set.dataset}_task{query_set.task_id}_{kind}_pool_{query_set.split}{_asked(prompt)}"
+    return epath.Path(config.run_dir) / "run_files" / mode / f"{name}_k{depth(config, query_set)}_run.txt"
 
 
 def measure(
-    searcher: Searcher, query_set: QuerySet, labelled: Labelled, results: dict[EvaluationMode, Encoded]
+    searcher: Searcher,
+    query_set: QuerySet,
+    labelled: Labelled,
+    results: dict[EvaluationMode, Encoded],
+    pools: Sequence[str],
 ) -> dict[str, Any]:
     """All figures of a query file; of the modes in `results`, the first is the one that counts."""
     config, main = searcher.config, next(iter(results))
-    ks, complex_, kinds = config.evaluation.ks, labelled.complex, np.array(labelled.kinds)
+    ks, complex_, kinds = ks_of(config, query_set), labelled.complex, np.array(labelled.kinds)
     only_complex = [right for right, is_complex in zip(labelled.positives, complex_, strict=True) if is_complex]
     by_mode: dict[str, Any] = {}
     by_kind: dict[str, Any] = {}
     for mode, result in results.items():
-        by_mode[mode] = row = {}
-        for scope, pool in (("local", query_set.pool), ("global", query_set.global_pool)):
-            found = searcher.search(query_set, mode, pool, labelled.qids, result)
+        row: dict[str, Any] = {"ranking": {}, **{scope: {} for scope in POOLS}}
+        by_mode[mode] = row
+        for scope in pools:
+            found = searcher.search(query_set, mode, scope, labelled, result)
             row[scope] = recalls(found, labelled.positives, ks)
+            row["ranking"][scope] = rankings(found, labelled.positives)
+            if query_set.dataset in MEAN_PRECISION:
+                precisions = {k: average_precision_at(found, labelled.positives, k) for k in CIRCO_KS}
+                row["ranking"][scope] |= {f"mAP@{k}": percent(values) for k, values in precisions.items()}
             if scope == "local" and mode == main:
                 hits = hits_at(found, labelled.positives, BY_KIND)
                 by_kind = {
-                    kind: {"queries": int((kinds == kind).sum()), f"R@{BY_KIND}": _percent(hits[kinds == kind])}
+                    kind: {"queries": int((kinds == kind).sum()), f"R@{BY_KIND}": percent(hits[kinds == kind])}
                     for kind in sorted(set(labelled.kinds) - {""})
                 }
             if scope == "local" and complex_.any():
@@ -191,23 +259,26 @@ def measure(
     ceiling = by_mode.pop("given", None)
     wrote = chosen.reasoned & complex_
     right = np.array(
-        [is_right(trace, answer) for trace, answer in zip(chosen.traces, labelled.answers, strict=True)], bool
+        [
+            is_right(trace.removesuffix(config.data.closing_tag), answer)
+            for trace, answer in zip(chosen.traces, labelled.answers, strict=True)
+        ],
+        bool,
     )
     return {
         "dataset": query_set.dataset,
         "queries": len(labelled.qids),
         "complex_queries": int(complex_.sum()),
-        "local_pool": len(searcher.index(query_set.pool).ids),
-        "global_pool": len(searcher.index(query_set.global_pool).ids),
+        **{f"{scope}_pool": len(searcher.benchmark.ids(pool_of(query_set, scope))) for scope in POOLS},
         **by_mode[main],
         "routing": {
-            "simple_direct": _percent(~chosen.reasoned[~complex_]) if (~complex_).any() else None,
-            "complex_reasoned": _percent(chosen.reasoned[complex_]) if complex_.any() else None,
+            "simple_direct": percent(~chosen.reasoned[~complex_]) if (~complex_).any() else None,
+            "complex_reasoned": percent(chosen.reasoned[complex_]) if complex_.any() else None,
         },
         "traces": {
             "written": int(wrote.sum()),
-            "right": _percent(right[wrote]) if wrote.any() else None,
-            "right_of_complex": _percent((right & wrote)[complex_]) if complex_.any() else None,
+            "right": percent(right[wrote]) if wrote.any() else None,
+            "right_of_complex": percent((right & wrote)[complex_]) if complex_.any() else None,
         },
         "kinds": by_kind,
         "ceiling": ceiling,
@@ -215,48 +286,82 @@ def measure(
     }
 
 
+def spread(
+    searcher: Searcher, query_set: QuerySet, each: Sequence[tuple[Labelled, Encoded]], pools: Sequence[str]
+) -> dict[str, Any]:
+    """Recall by the prompt that a file is asked with: the mean, the standard deviation and each of n prompts."""
+    figures: dict[str, Any] = {}
+    for scope in pools:
+        rows = []
+        for prompt, (labelled, results) in enumerate(each):
+            mode = searcher.config.evaluation.mode
+            found = searcher.search(query_set, mode, scope, labelled, results, prompt=prompt)
+            rows.append(recalls(found, labelled.positives, ks_of(searcher.config, query_set)))
+        figures[scope] = {
+            k: {"mean": round(float(np.mean(values)), 2), "deviation": round(float(np.std(values, ddof=1)), 2)}
+            | {f"prompt {i}": value for i, value in enumerate(values, start=1)}
+            for k in rows[0]
+            if (values := [row[k] for row in rows])
+        }
+    return figures
+
+
 # ---- the whole release -----------------------------------------------------------------------------------
 
 
 def evaluate(
-    config: Config, retriever: Retriever, benchmark: Benchmark, modes: Sequence[Mode] = ()
+    config: Config,
+    retriever: Retriever,
+    benchmark: Benchmark,
+    modes: Sequence[Mode] = (),
+    scope: Scope | None = None,
 ) -> tuple[dict[str, Any], int]:
-    """Measures a retriever on every query file of a release; writes `<run_dir>/metrics.json` and the run
-    files.
+    """Measures a retriever on the query files of a release; writes `metrics_path` and the run files.
 
     `modes` are run besides `config.evaluation.mode`, whose figures are the ones that count. Returns the
     metrics and the number of queries that had to be encoded. Raises MissingStageError when indexes are
-    missing or of another checkpoint.
+    missing or of another checkpoint, ValueError for a scope that no query file is in.
     """
+    scope = scope or Scope()
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
     searcher, key = Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
-    for pool in benchmark.all_pools:
+    chosen = benchmark.choose(scope.tasks, scope.splits)
+    for pool in sorted({pool_of(query_set, each) for query_set in chosen for each in scope.pools}):
         searcher.index(pool)
     entries: dict[QuerySet, dict[str, Any]] = {}
     routed: dict[bool, list[np.ndarray]] = {False: [], True: []}
-    encoded, total = 0, len(run) * sum(benchmark.count(query_set) for query_set in benchmark.query_sets)
+    passes = len(run) + (PROMPTS - 1 if scope.prompts == "all" else 0)
+    encoded, total = 0, passes * sum(benchmark.count(query_set) for query_set in chosen)
     with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=total) as bar:
-        for query_set in benchmark.query_sets:
+
+        def results_of(query_set: QuerySet, mode: EvaluationMode, labelled: Labelled, prompt: int = 0) -> Encoded:
+            nonlocal encoded
+            bar.set_postfix_str(f"{query_set.stem} {mode}{_asked(prompt)}", refresh=False)
+            kept = load_results(config, query_set, mode, key, prompt)
+            encoded += 0 if kept else len(labelled.qids)
+            bar.update(len(labelled.qids) if mode != "given" else 0)
+            return kept or encode(config, retriever, query_set, mode, labelled, prompt=prompt)
+
+        for query_set in chosen:
             labelled = benchmark.load(query_set)
             has_ceiling = query_set.trained and bool(labelled.complex.any())
             wanted: list[EvaluationMode] = [*run, "given"] if has_ceiling else run
-            results: dict[EvaluationMode, Encoded] = {}
-            for mode in wanted:
-                bar.set_postfix_str(f"{query_set.dataset} {query_set.task} {query_set.split} {mode}", refresh=False)
-                kept = load_results(config, query_set, mode, key)
-                encoded += 0 if kept else len(labelled.qids)
-                results[mode] = kept or encode(config, retriever, query_set, mode, labelled)
-                bar.update(len(labelled.qids) if mode != "given" else 0)
-            entries[query_set] = measure(searcher, query_set, labelled, results)
-            for pool in {query_set.pool, query_set.global_pool} - set(searcher.checked):
+            results: dict[EvaluationMode, Encoded] = {mode: results_of(query_set, mode, labelled) for mode in wanted}
+            entries[query_set] = measure(searcher, query_set, labelled, results, scope.pools)
+            if scope.prompts == "all":
+                others = [benchmark.load(query_set, prompt) for prompt in range(1, PROMPTS)]
+                each = [(o, results_of(query_set, run[0], o, prompt)) for prompt, o in enumerate(others, start=1)]
+                each = [(labelled, results[run[0]]), *each]
+                entries[query_set]["prompts"] = spread(searcher, query_set, each, scope.pools)
+            for pool in {pool_of(query_set, each) for each in scope.pools} - set(searcher.checked):
                 searcher.check(pool, results[run[0]].embeddings[:CHECKED_QUERIES])
             if query_set.split == "test" and query_set.trained:
                 for kind in (False, True):
                     routed[kind].append(results[run[0]].reasoned[labelled.complex == kind])
     metrics = summarise(config, retriever, entries)
     metrics["routing"] = {
-        "simple_direct": _percent(~np.concatenate(routed[False])) if routed[False] else None,
-        "complex_reasoned": _percent(np.concatenate(routed[True])) if routed[True] else None,
+        "simple_direct": percent(~np.concatenate(routed[False])) if routed[False] else None,
+        "complex_reasoned": percent(np.concatenate(routed[True])) if routed[True] else None,
     }
     metrics["indexes"] = {
         pool: {"kind": index.about["kind"], "candidates": len(index.ids)}
@@ -264,7 +369,7 @@ def evaluate(
         for pool, index in searcher.indexes.items()
         if pool in searcher.checked
     }
-    artifacts.write_json(metrics_path(config.run_dir), metrics)
+    artifacts.write_json(metrics_path(config), metrics)
     return metrics, encoded
 
 
@@ -272,13 +377,25 @@ def record_seconds(config: Config, benchmark: Benchmark) -> None:
     """Puts the wall seconds of all stages so far, the data's among them, into metrics.json."""
     folders = (benchmark.folder, config.run_dir)
     stages = [artifacts.read_json(epath.Path(folder) / "seconds.json") or {} for folder in folders]
-    metrics = artifacts.read_json(metrics_path(config.run_dir))
-    artifacts.write_json(metrics_path(config.run_dir), metrics | {"seconds": stages[0] | stages[1]})
+    metrics = artifacts.read_json(metrics_path(config))
+    artifacts.write_json(metrics_path(config), metrics | {"seconds": stages[0] | stages[1]})
 
 
-def metrics_path(run_dir: str) -> epath.Path:
-    """Where the figures of a run lie."""
-    return epath.Path(run_dir) / "metrics.json"
+def metrics_path(config: Config) -> epath.Path:
+    """Where the figures of a run lie; those on a benchmark other than its own release have a file of their own."""
+    own = config.benchmark == config.data.release
+    return epath.Path(config.run_dir) / ("metrics.json" if own else f"metrics_{config.benchmark}.json")
+
+
+def checkpoint_hash(config: Config, retriever: Retriever) -> str:
+    """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same wherever it is sharded."""
+    _, trainable, _ = split_model(retriever.model, config.model.trainable)
+    digest = hashlib.sha256()
+    flat = {"/".join(map(str, path)): parameter for path, parameter in traverse_util.flatten_dict(trainable).items()}
+    for path, parameter in sorted(flat.items()):
+        values = np.asarray(multihost_utils.process_allgather(parameter, tiled=True))
+        digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()
 
 
 def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict[str, Any]]) -> dict[str, Any]:
@@ -297,17 +414,20 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
 
     def average(scope: str, mode: str | None = None) -> float | None:
         rows = [entry["modes"].get(mode) if mode else entry for entry in merged.values()]
-        values = [row[scope]["R@5"] for row in rows if row and "R@5" in row[scope]]
+        values = [row[scope]["R@5"] for row in rows if row and "R@5" in row.get(scope, {})]
         return round(float(np.mean(values)), 2) if values else None
 
     modes = sorted({mode for entry in merged.values() for mode in entry["modes"]})
     return {
         "config": config.name,
-        "release": config.data.release,
+        "config_hash": config_hash(config),
+        "seeds": {"training": config.training.seed},  # sampled traces are a function of the prompt
+        "release": config.benchmark,
         "mode": config.evaluation.mode,
         "checkpoint": {
             "step": retriever.step,
             "identity": retriever.identity,
+            "sha256": checkpoint_hash(config, retriever),
             "queries_key": queries_key(config, retriever),
         },
         "average": average("local"),
@@ -316,7 +436,14 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
         "tasks": merged,
         "unseen": unseen,
         "validation": {task: merge(same) for task, same in validation.items()},
+        "files": {query_set.stem: entry for query_set, entry in entries.items()},
+        "caveat": POOL_CAVEAT,
     }
+
+
+def config_hash(config: Config) -> str:
+    """A digest of the configuration, wherever it runs."""
+    return artifacts.key_of(to_json(dataclasses.replace(config, workdir="")))
 
 
 def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -341,17 +468,28 @@ def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def describe(metrics: dict[str, Any]) -> str:
     """The figures in a few lines."""
-    lines = [f"{'':8}{'queries':>8}{'pool':>8}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'global R@5':>12}{'reasoned':>10}"]
-    for task, entry in metrics["tasks"].items():
-        local = "".join(f"{entry['local'].get(k, 0):8.1f}" for k in ("R@1", "R@5", "R@10"))
+    columns = ("R@1", "R@5", "R@10", "R@50", "true R@10", "MRR@10", "nDCG@10", "mAP@5")
+    width = max(map(len, metrics["files"]), default=0)
+    head = "".join(f"{name:>10}" for name in columns)
+    lines = [f"{'':{width}}{'queries':>9}{'pool':>9}{head}{'global R@5':>12}{'reasoned':>10}"]
+    for stem, entry in metrics["files"].items():
+        figures = entry["local"] | entry["ranking"].get("local", {})
+        local = "".join(f"{_cell(figures.get(name)):>10}" for name in columns)
         lines.append(
-            f"{task:8}{entry['queries']:8,}{entry['local_pool']:8,}{local}{entry['global']['R@5']:12.1f}"
-            f"{entry['reasoned_fraction']:10.2f}"
+            f"{stem:{width}}{entry['queries']:9,}{entry['local_pool']:9,}{local}"
+            f"{_cell(entry['global'].get('R@5')):>12}{entry['reasoned_fraction']:10.2f}"
         )
+        for scope, figures in entry.get("prompts", {}).items():
+            said = figures.get("R@5")
+            lines.append(f"  R@5 over {PROMPTS} prompts, {scope}: {said['mean']} ± {said['deviation']}")
     routing = metrics["routing"]
     lines.append(f"mean R@5 {metrics['average']} local, {metrics['average_global']} global")
     lines.append(
         f"{routing['simple_direct']} % of simple queries emit <|emb|> first,"
         f" {routing['complex_reasoned']} % of complex ones reason first"
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"Note: {metrics['caveat']}."])
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"

@@ -5,21 +5,32 @@ import contextlib
 import dataclasses
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from trace_jax import config
 from trace_jax.config import Config
 from trace_jax.retrieval.artifacts import MissingStageError
+from trace_jax.retrieval.benchmark import POOLS, SPLITS
 from trace_jax.retrieval.generation import MODES
 from trace_jax.training.checkpoint import CheckpointError
 
 
-def _modes(text: str) -> tuple[str, ...]:
-    modes = tuple(part for part in text.split(",") if part)
-    if unknown := set(modes) - set(MODES):
-        raise argparse.ArgumentTypeError(f"no mode {', '.join(sorted(unknown))}; there are {', '.join(MODES)}")
-    return modes
+def _several(text: str) -> tuple[str, ...]:
+    """Names with commas between."""
+    return tuple(part for part in text.split(",") if part)
+
+
+def _among(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """Reads names that must be among the known ones."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = _several(text)
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        return names
+
+    return read
 
 
 def _compared(text: str) -> tuple[str, str]:
@@ -30,7 +41,7 @@ def _compared(text: str) -> tuple[str, str]:
 
 
 def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
-    """Reads `[config] [own options] [overrides]`: the config, and `untrained`, `modes`, `compare` and `vertex`.
+    """Reads `[config] [own options] [overrides]`: the config, and what is no part of it.
 
     Raises SystemExit with a "did you mean" for an unknown config or option.
     """
@@ -41,11 +52,23 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("--untrained", action="store_true", help="the base alone, in runs/<config>_untrained")
-    parser.add_argument("--modes", type=_modes, default=("direct",), help="modes to run beside --evaluation.mode")
+    parser.add_argument("--benchmark", default="", help="the release to search and measure on (evaluation.benchmark)")
+    parser.add_argument(
+        "--modes", type=_among(*MODES), default=("direct",), help="modes to run beside --evaluation.mode"
+    )
+    parser.add_argument("--pools", type=_among(*POOLS), default=POOLS, help="local, global, or both: local,global")
+    parser.add_argument("--tasks", type=_several, default=("all",), help="all, or some: it2i,cirr,oven_task6")
+    parser.add_argument("--splits", type=_among(*SPLITS), default=SPLITS, help="val, test, or both: val,test")
+    parser.add_argument(
+        "--prompts", choices=("first", "all"), default="first", help="ask with the first prompt, or with each of four"
+    )
     parser.add_argument("--compare", type=_compared, nargs="+", default=[], help="name=run_dir of other runs")
     parser.add_argument("--vertex", help="a folder for the pools in the format of Vertex AI Vector Search")
     options, rest = parser.parse_known_args(given)
     chosen = config.from_command_line(rest)
+    if options.benchmark:
+        searched = dataclasses.replace(chosen.evaluation, benchmark=options.benchmark)
+        chosen = dataclasses.replace(chosen, evaluation=searched)
     if options.untrained and not chosen.workdir:
         chosen = dataclasses.replace(chosen, workdir=f"runs/{chosen.name}_untrained")
     prepare_logging()

@@ -10,7 +10,7 @@ import hashlib
 import io
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jinja2
@@ -28,6 +28,7 @@ from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
 from trace_jax.retrieval.embedder import Encoded
 from trace_jax.retrieval.evaluation import is_right, load_results, metrics_path, run_file
+from trace_jax.retrieval.tables import write_tables
 from trace_jax.training.metrics import read_metrics
 
 EXAMPLES = 24  # searches shown, at least, and at least three a task
@@ -102,7 +103,7 @@ class Examples:
             results,
         )
         self._found: dict[str, list[tuple[int, float]]] = {}
-        for line in run_file(config, query_set, config.evaluation.mode, "single").read_text().splitlines():
+        for line in run_file(config, query_set, config.evaluation.mode, "local").read_text().splitlines():
             qid, _, did, _, score, *_ = line.split()
             self._found.setdefault(qid, []).append((mbeir.hash_did(did), float(score)))
         self.order = sorted(range(len(labelled.qids)), key=lambda i: hashlib.sha256(labelled.qids[i].encode()).digest())
@@ -203,10 +204,13 @@ def examples_of(config: Config, benchmark: Benchmark, query_set: QuerySet, key: 
     return Examples(config, benchmark, query_set, benchmark.load(query_set), results)
 
 
-def choose(config: Config, benchmark: Benchmark, key: str) -> dict[str, list[Example]]:
-    """The searches that the page shows: "examples", "hits" and "misses" (as many of each), and "unseen"."""
+def choose(config: Config, benchmark: Benchmark, key: str, measured: Collection[str]) -> dict[str, list[Example]]:
+    """The searches that the page shows, of the files that were measured (their stems): "examples", "hits" and "misses"
+    (as many of each), and "unseen".
+    """
     shown: dict[str, list[Example]] = {"examples": [], "hits": [], "misses": [], "unseen": []}
-    files = sorted((q for q in benchmark.query_sets if q.split == "test"), key=lambda q: (q.task_id, q.stem))
+    files = [q for q in benchmark.query_sets if q.split == "test" and q.stem in measured]
+    files.sort(key=lambda query_set: (query_set.task_id, query_set.stem))
     first = max(3, math.ceil(EXAMPLES / max(1, sum(query_set.trained for query_set in files))))
     for query_set in files:
         examples = examples_of(config, benchmark, query_set, key)
@@ -256,12 +260,13 @@ def duration(seconds: float) -> str:
 
 
 def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[str, str]] = ()) -> epath.Path:
-    """Writes `<run_dir>/report.html` and returns its path; `compare` adds columns: (name, run_dir) of other
-    runs.
+    """Writes the page beside its metrics and returns its path, and the paper's tables where M-BEIR was measured;
+    `compare` adds columns: (name, run_dir) of other runs.
 
     Raises MissingStageError when this run or one of the others has not been evaluated.
     """
-    metrics, others = _metrics(config.run_dir), {name: _metrics(folder) for name, folder in compare}
+    metrics = _metrics(config)
+    others = {name: _metrics(dataclasses.replace(config, workdir=folder)) for name, folder in compare}
     seconds = metrics.get("seconds", {})
     licences = benchmark.folder / "release" / "LICENSES.md"
     page = render(
@@ -275,20 +280,27 @@ def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[s
             "ks": [f"R@{k}" for k in config.evaluation.ks],
             "modes": list(dict.fromkeys(mode for entry in metrics["tasks"].values() for mode in entry["modes"])),
             "curves": curves(read_metrics(config.run_dir)),
-            "shown": choose(config, benchmark, metrics["checkpoint"]["queries_key"]),
+            "shown": choose(
+                config,
+                benchmark,
+                metrics["checkpoint"]["queries_key"],
+                [stem for stem, entry in metrics["files"].items() if entry["local"]],
+            ),
+            "tables": write_tables(config, metrics),
             "candidates": len(benchmark.candidates),
             "licences": licences.read_text(encoding="utf-8") if licences.exists() else "",
         }
     )
-    path = epath.Path(config.run_dir) / "report.html"
+    path = metrics_path(config).parent / metrics_path(config).name.replace("metrics", "report", 1)
+    path = path.with_suffix(".html")
     artifacts.write_bytes(path, page.encode())
     return path
 
 
-def _metrics(run_dir: str) -> dict[str, Any]:
-    metrics = artifacts.read_json(metrics_path(run_dir))
+def _metrics(config: Config) -> dict[str, Any]:
+    metrics = artifacts.read_json(metrics_path(config))
     if metrics is None:
         raise artifacts.MissingStageError(
-            f"no figures in {metrics_path(run_dir)}: run `make quickstart` (or launch/evaluate.py) first"
+            f"no figures in {metrics_path(config)}: run `make quickstart` (or launch/evaluate.py) first"
         )
     return metrics

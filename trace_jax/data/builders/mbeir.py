@@ -7,6 +7,7 @@ ones by did, and are not stored again. Pictures are stored as the encoded bytes 
 qrels and instructions are read straight from the release.
 
     build(release, folder)                     writes folder/records; folder/release is the release
+                                               (`check.py` looks a release over first)
     load_queries(folder, "train")[0]           a plain dict, see `QueryRecord`
     load_candidates(folder, "mbeir_emoji_task7_cand_pool")[0]
     load_qrels(path), load_instructions(folder)
@@ -15,6 +16,7 @@ qrels and instructions are read straight from the release.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -22,22 +24,29 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-VERSION = "1.1.0"
+VERSION = "1.2.0"
 QUERIES, CANDIDATES = "mbeir_queries", "mbeir_candidates"
 TRAIN_POOL = "mbeir_union_train_cand_pool"
 """The split of the candidates that holds the positives of all training queries."""
 
-_MODALITIES = {"text": "text", "image": "image", "image,text": "image,text", "text,image": "image,text"}
+MODALITIES = {"text": "text", "image": "image", "image,text": "image,text", "text,image": "image,text"}
+SIDES = {"t": "text", "i": "image", "it": "image,text"}
+"""A side of a task's name -> its modality."""
+QIDS, DIDS = 500_000, 10_000_000
+"""M-BEIR's integer of an id is its data set times one of these, plus its number."""
+
+_ID = re.compile(r"\d+:\d+")
 _TAILS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}
 
 
@@ -87,6 +96,10 @@ _SIMPLE: Trace = {"complex": False, "reasoning": "", "answer": ""}
 # Reading the release --------------------------------------------------------------------------
 
 
+Picture = Callable[[str | None, str], bytes]
+"""(path in the release or None, where it is named) -> the encoded file, b"" for None."""
+
+
 def lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of every line of a jsonl file, with a bar that counts its bytes."""
     bar = tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.stem, leave=False, disable=None)
@@ -111,28 +124,31 @@ def _field(record: dict[str, Any], name: str, where: str) -> Any:
     return record[name]
 
 
-def _image(release: Path, relative: str | None, where: str) -> bytes:
-    """The encoded bytes of a picture, checked to be there and whole (by its first and last bytes)."""
-    if not relative:
-        return b""
-    path = release / relative
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ReleaseError(f"{where}: no picture {relative!r} under {release}; unpack mbeir_images there") from error
-    for head, tail in _TAILS.items():
-        if data.startswith(head) and tail not in data[-64:]:
-            raise ReleaseError(f"{where}: the picture {relative!r} is cut short; unpack it again")
-    if len(data) < 16:
-        raise ReleaseError(f"{where}: the picture {relative!r} is empty; unpack it again")
-    return data
+def pictures(folder: Path | epath.Path) -> Picture:
+    """Reads the pictures of a release, local or gs://; each must be there and whole (by its first and last bytes)."""
+
+    def read(relative: str | None, where: str) -> bytes:
+        if not relative:
+            return b""
+        try:
+            data = (folder / relative).read_bytes()
+        except OSError as error:
+            raise ReleaseError(f"{where}: no picture {relative!r} under {folder}; unpack mbeir_images there") from error
+        for head, tail in _TAILS.items():
+            if data.startswith(head) and tail not in data[-64:]:
+                raise ReleaseError(f"{where}: the picture {relative!r} is cut short; unpack it again")
+        if len(data) < 16:
+            raise ReleaseError(f"{where}: the picture {relative!r} is empty; unpack it again")
+        return data
+
+    return read
 
 
 def _modality(record: dict[str, Any], name: str, txt: str, image: bytes, where: str) -> str:
     stated = _field(record, name, where)
-    if stated not in _MODALITIES:
+    if stated not in MODALITIES:
         raise ReleaseError(f'{where}: {name} is {stated!r}; use "text", "image" or "image,text"')
-    modality = _MODALITIES[stated]
+    modality = MODALITIES[stated]
     if ("text" in modality and not txt) or ("image" in modality and not image):
         missing = "text" if not txt else "picture"
         raise ReleaseError(f"{where}: {name} is {stated!r} but there is no {missing}; mend either")
@@ -144,20 +160,27 @@ def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
     found = []
     for item in record.get(name) or []:
         did = item.get("did") if isinstance(item, dict) else item
-        if not isinstance(did, str) or ":" not in did:
+        if not isinstance(did, str) or not _ID.fullmatch(did):
             raise ReleaseError(f'{where}: {item!r} in {name} is no id like "7:341"')
         found.append(did)
     return found
 
 
-def _query(release: Path, where: str, record: dict[str, Any], traces: dict[str, Trace]) -> QueryRecord:
-    qid, task = _field(record, "qid", where), _field(record, "task_id", where)
-    if not isinstance(qid, str) or not re.fullmatch(r"\d+:\d+", qid):
-        raise ReleaseError(f'{where}: the qid {qid!r} is not of the form "<dataset_id>:<number>"')
+def _id(record: dict[str, Any], name: str, where: str) -> str:
+    """A qid or did: "<dataset_id>:<number>"."""
+    found = _field(record, name, where)
+    if not isinstance(found, str) or not _ID.fullmatch(found):
+        raise ReleaseError(f'{where}: the {name} {found!r} is not of the form "<dataset_id>:<number>"')
+    return found
+
+
+def read_query(where: str, record: dict[str, Any], traces: dict[str, Trace], picture: Picture) -> QueryRecord:
+    """One line of a query file. Raises ReleaseError."""
+    qid, task = _id(record, "qid", where), _field(record, "task_id", where)
     if not isinstance(task, int) or not 0 <= task <= 8:
         raise ReleaseError(f"{where}: task_id is {task!r}; M-BEIR's tasks are 0 to 8")
     txt = record.get("query_txt") or ""
-    image = _image(release, record.get("query_img_path"), where)
+    image = picture(record.get("query_img_path"), where)
     trace = traces.get(qid, _SIMPLE)
     return {
         "qid": qid,
@@ -175,11 +198,12 @@ def _query(release: Path, where: str, record: dict[str, Any], traces: dict[str, 
     }
 
 
-def _candidate(release: Path, where: str, record: dict[str, Any]) -> CandidateRecord:
+def read_candidate(where: str, record: dict[str, Any], picture: Picture) -> CandidateRecord:
+    """One line of a pool. Raises ReleaseError."""
     txt = record.get("txt") or ""
-    image = _image(release, record.get("img_path"), where)
+    image = picture(record.get("img_path"), where)
     return {
-        "did": str(_field(record, "did", where)),
+        "did": _id(record, "did", where),
         "txt": txt,
         "image": image,
         "modality": _modality(record, "modality", txt, image, where),
@@ -201,14 +225,20 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
 
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
     """Qid -> dids of its right answers, from a qrels file (qid 0 did relevance task)."""
-    found: dict[str, set[str]] = {}
+    judged = load_judged(path)
+    return {qid: right for qid, dids in judged.items() if (right := {did for did in dids if dids[did]})}
+
+
+def load_judged(path: Path | str) -> dict[str, dict[str, bool]]:
+    """Qid -> did -> whether it is right, of all that a qrels file judges."""
+    found: dict[str, dict[str, bool]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             parts = line.split()
-            if len(parts) not in (4, 5):
+            ids = [part for part in (*parts[:1], *parts[2:3]) if _ID.fullmatch(part)]
+            if len(parts) not in (4, 5) or len(ids) != 2 or not parts[3].isdigit():
                 raise ReleaseError(f"{path}, line {number}: expected 5 columns: qid 0 did 1 task_id")
-            if int(parts[3]) > 0:
-                found.setdefault(parts[0], set()).add(parts[2])
+            found.setdefault(parts[0], {})[parts[2]] = int(parts[3]) > 0
     return found
 
 
@@ -223,23 +253,23 @@ def read_instructions(release: Path) -> dict[tuple[int, str, str], list[str]]:
     found: dict[tuple[int, str, str], list[str]] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines()[1:], 2):
         cells = line.split("\t")
-        if len(cells) < 5 or not cells[3].strip().isdigit():
+        if not any(cell.strip() for cell in cells[4:]) or not cells[3].strip().isdigit():
             raise ReleaseError(f"{path}, line {number}: expected 4 columns, then prompts, tab-separated")
-        query, candidate = (_MODALITIES.get(cell.strip(), cell.strip()) for cell in cells[:2])
+        query, candidate = (MODALITIES.get(cell.strip(), cell.strip()) for cell in cells[:2])
         found[int(cells[3]), query, candidate] = [p.strip() for p in cells[4:] if p.strip()]
     return found
 
 
 def hash_qid(qid: str) -> int:
-    """M-BEIR's integer for a query id: dataset * 500,000 + number."""
+    """M-BEIR's integer for a query id."""
     dataset, number = qid.split(":")
-    return int(dataset) * 500_000 + int(number)
+    return int(dataset) * QIDS + int(number)
 
 
 def hash_did(did: str) -> int:
-    """M-BEIR's integer for a candidate id: dataset * 10,000,000 + number."""
+    """M-BEIR's integer for a candidate id."""
     dataset, number = did.split(":")
-    return int(dataset) * 10_000_000 + int(number)
+    return int(dataset) * DIDS + int(number)
 
 
 # Writing ArrayRecord --------------------------------------------------------------------------
@@ -250,7 +280,7 @@ def split_name(stem: str) -> str:
     return re.sub(r"\W", "_", stem)
 
 
-def _query_files(release: Path) -> dict[str, tuple[Path, str]]:
+def query_files(release: Path) -> dict[str, tuple[Path, str]]:
     """Split name -> (query file, the split that its traces are under)."""
     union = release / "query/union_train/mbeir_union_up_train.jsonl"
     found = {"train": (union, "train")} if union.exists() else {}
@@ -260,7 +290,7 @@ def _query_files(release: Path) -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _pool_files(release: Path) -> dict[str, Path]:
+def pool_files(release: Path) -> dict[str, Path]:
     """Split name -> candidate file: every local pool, and the global pool of training."""
     paths = sorted((release / "cand_pool/local").glob("*.jsonl"))
     if (union := release / f"cand_pool/global/{TRAIN_POOL}.jsonl").exists():
@@ -269,7 +299,7 @@ def _pool_files(release: Path) -> dict[str, Path]:
 
 
 _Examples = Iterator[tuple[int, dict[str, Any]]]
-_Index = dict[str, dict[str, list[Any]]]
+_Index = dict[str, list[Any]]
 _TEXT = tfds.features.Text
 _BYTES = functools.partial(tfds.features.Tensor, shape=(), dtype=np.object_)
 _QUERY_FEATURES = {
@@ -290,13 +320,13 @@ _CANDIDATE_FEATURES = {"did": _TEXT(), "txt": _TEXT(), "image": _BYTES(), "modal
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What both builders share. `index` fills with each split's ids (and tasks) while it writes."""
+    """Writes one file of a release as the one split of a data set. `index` fills with its ids (and tasks) meanwhile."""
 
     VERSION = tfds.core.Version(VERSION)
     features: dict[str, Any]
 
-    def __init__(self, release: Path, data_dir: Path) -> None:
-        self._release = release
+    def __init__(self, split: str, path: Path, data_dir: Path, picture: Picture, traces: dict[str, Trace]) -> None:
+        self._split, self._path, self._picture, self._traces = split, path, picture, traces
         self.index: _Index = {}
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
@@ -308,44 +338,37 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,  # records keep the order of their file
         )
 
+    def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
+        del dl_manager
+        return {self._split: self._generate_examples()}
+
 
 class MbeirQueries(_Builder, skip_registration=True):
-    """The queries of a release, each with its picture and, if it has one, its trace."""
+    """A query file, each query with its picture and, if it has one, its trace."""
 
     name = QUERIES
     features = _QUERY_FEATURES
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
-        del dl_manager
-        files = _query_files(self._release)
-        return {name: self._generate_examples(name, *file) for name, file in files.items()}
-
-    def _generate_examples(self, name: str, path: Path, split: str) -> _Examples:
-        traces = load_traces(self._release, split)
-        index = self.index[name] = {"keys": [], "tasks": []}
-        for number, (where, record) in enumerate(lines(path)):
-            query = _query(self._release, where, record, traces)
-            index["keys"].append(query["qid"])
-            index["tasks"].append(query["task_id"])
+    def _generate_examples(self) -> _Examples:
+        self.index = {"keys": [], "tasks": []}
+        for number, (where, record) in enumerate(lines(self._path)):
+            query = read_query(where, record, self._traces, self._picture)
+            self.index["keys"].append(query["qid"])
+            self.index["tasks"].append(query["task_id"])
             yield number, dict(query)
 
 
 class MbeirCandidates(_Builder, skip_registration=True):
-    """The candidates of a release, one split a pool."""
+    """A pool of candidates."""
 
     name = CANDIDATES
     features = _CANDIDATE_FEATURES
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, _Examples]:
-        del dl_manager
-        files = _pool_files(self._release)
-        return {name: self._generate_examples(name, path) for name, path in files.items()}
-
-    def _generate_examples(self, name: str, path: Path) -> _Examples:
-        index = self.index[name] = {"keys": []}
-        for number, (where, record) in enumerate(lines(path)):
-            candidate = _candidate(self._release, where, record)
-            index["keys"].append(candidate["did"])
+    def _generate_examples(self) -> _Examples:
+        self.index = {"keys": []}
+        for number, (where, record) in enumerate(lines(self._path)):
+            candidate = read_candidate(where, record, self._picture)
+            self.index["keys"].append(candidate["did"])
             yield number, dict(candidate)
 
 
@@ -361,37 +384,92 @@ def fingerprint(release: Path) -> str:
     return digest.hexdigest()
 
 
-def build(release: Path | str, folder: Path | str) -> bool:
-    """Writes folder/records from a release, unless they are there; says whether it had to.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One file of a release that becomes one split; parts are made apart from each other."""
 
-    Where the release lies elsewhere, folder/release becomes a link to it. Everything is written
-    beside its place and renamed at the very end. Raises ReleaseError for a release that is not in
-    M-BEIR's layout, with the file, the line and the mend.
-    """
-    release, folder = Path(release).resolve(), Path(folder)
-    if not _query_files(release) or not _pool_files(release):
-        raise ReleaseError(f"{release}: no query/ or cand_pool/local/ files; is this an M-BEIR release?")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "release").exists():
-        (folder / "release").symlink_to(release)
-    records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release)}
-    known = records / "stamp.json"
-    if known.exists() and json.loads(known.read_text("utf-8")) == stamp:
-        return False
-    partial = folder / "records.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    tfds.disable_progress_bar()
-    for kind in (MbeirQueries, MbeirCandidates):
-        builder = kind(release, partial)
+    split: str
+    path: Path
+    traces: str = ""  # of a query file: the folder of cot/ that its traces are in
+
+    def index(self, records: Path) -> Path:
+        """The file that says that the part is finished."""
+        return records / (QUERIES if self.traces else CANDIDATES) / f"{self.split}.index.json"
+
+    def write(self, release: Path, records: Path, images: str) -> None:
+        """Writes the split, then its index. `images` is where the pictures' paths start, local or gs://."""
+        tfds.disable_progress_bar()
+        picture = pictures(epath.Path(images))
+        traces = load_traces(release, self.traces) if self.traces else {}
+        kind = MbeirQueries if self.traces else MbeirCandidates
+        builder = kind(self.split, self.path, records / kind.name / self.split, picture, traces)
         with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads that there are none
             builder.download_and_prepare()
-        for split, index in builder.index.items():
-            path = partial / kind.name / f"{split}.index.json"
-            path.write_text(json.dumps(index), "utf-8")
-    (partial / "stamp.json").write_text(json.dumps(stamp), "utf-8")
+        path = self.index(records)
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps(builder.index), "utf-8")
+        beside.rename(path)
+
+
+def parts_of(release: Path) -> list[Part]:
+    """The parts of a release: its query files, then its pools."""
+    queries = [Part(split, path, traces) for split, (path, traces) in query_files(release).items()]
+    return queries + [Part(split, path) for split, path in pool_files(release).items()]
+
+
+def link_release(release: Path, folder: Path) -> None:
+    """Makes folder/release a link to a release that lies elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "release").exists():
+        (folder / "release").symlink_to(release.resolve())
+
+
+def one_by_one(write: Callable[[Part], None], parts: Sequence[Part]) -> None:
+    """Writes the parts on this machine, one after another."""
+    for part in tqdm(parts, desc="records", unit="file", leave=False, disable=None):
+        write(part)
+
+
+def build(
+    release: Path | str,
+    folder: Path | str,
+    *,
+    images: str = "",
+    run: Callable[[Callable[[Part], None], Sequence[Part]], None] = one_by_one,
+) -> bool:
+    """Writes folder/records from a release, unless they are there; says whether it had to.
+
+    The pictures are under `images`, local or gs://; without it, in the release. `run` writes
+    the parts, here or on many machines that all see `folder`. Everything is written beside its place and renamed at the
+    very end; a build that was stopped goes on with the parts that are not finished. Raises ReleaseError for a release
+    that is not in M-BEIR's layout, with the file, the line and the mend.
+    """
+    release, folder = Path(release).resolve(), Path(folder)
+    if not query_files(release) or not pool_files(release):
+        raise ReleaseError(f"{release}: no query/ or cand_pool/local/ files; is this an M-BEIR release?")
+    link_release(release, folder)
+    records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release)}
+    if _read_json(records / "stamp.json") == stamp:
+        return False
+    partial = folder / "records.partial"
+    if _read_json(partial / "stamp.json") != stamp:
+        shutil.rmtree(partial, ignore_errors=True)
+        for kind in (QUERIES, CANDIDATES):
+            (partial / kind).mkdir(parents=True)
+        (partial / "stamp.json").write_text(json.dumps(stamp), "utf-8")
+    left = [part for part in parts_of(release) if not part.index(partial).exists()]
+    run(functools.partial(Part.write, release=release, records=partial, images=images or str(release)), left)
     shutil.rmtree(records, ignore_errors=True)
     partial.rename(records)
     return True
+
+
+def _read_json(path: Path) -> Any:
+    """The file's JSON; None where there is no such file, or none that is whole."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 # Reading ArrayRecord --------------------------------------------------------------------------
@@ -407,7 +485,7 @@ class Source(Generic[_Record]):
     def __init__(self, folder: Path, name: str, split: str, plain: Callable[[Any], _Record]) -> None:
         self._directory, self._name, self._split, self._plain = folder / "records" / name, name, split, plain
         if not (folder / "records/stamp.json").exists():
-            raise FileNotFoundError(f"{folder} holds no finished records: run launch/build_data.py")
+            raise FileNotFoundError(f"{folder} holds no finished records: run launch/build_data.py or prepare_data.py")
         known = sorted(path.name.removesuffix(".index.json") for path in self._directory.glob("*.json"))
         if split not in known:
             near = difflib.get_close_matches(split, known, 3, 0.4) or known
@@ -415,7 +493,7 @@ class Source(Generic[_Record]):
 
     @functools.cached_property
     def _source(self) -> Any:
-        builder: Any = tfds.builder_from_directory(str(self._directory / VERSION))
+        builder: Any = tfds.builder_from_directory(str(self._directory / self._split / self._name / VERSION))
         # TFDS's own decoding of a record costs a third of a millisecond; parsing it here a tenth.
         return builder.as_data_source(split=self._split, deserialize_method=DeserializeMethod.RAW_BYTES)
 

@@ -1,0 +1,50 @@
+"""Runs a suite of ablations: `python launch/ablate.py emoji [--seeds 0 1 2] [--variants ...]`.
+
+Every variant of configs/ablations/<suite>.py is trained, embedded, indexed and measured with every seed, one after
+another; what is done is skipped, so that the same command goes on. When all are done, docs/reproduction.md says which
+of the paper's claims hold.
+"""
+
+import logging
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from trace_jax.retrieval import program
+from trace_jax.retrieval.ablation import Suite, config_of, describe, finished, load_suite, seconds_of
+
+STAGES = {
+    "train": (),
+    "embed": (),
+    "build_index": (),
+    "evaluate": ("--splits", "test", "--pools", "local", "--modes", "adaptive,direct,always"),
+}
+
+
+def run(suite: Suite) -> str:
+    """Runs what is missing of a suite and returns its page. Raises SystemExit with the command that fails."""
+    results, seconds = {}, 0.0
+    for variant in suite.variants:
+        for seed in suite.seeds:
+            config, options = config_of(suite, variant, seed)
+            for stage, own in STAGES.items():
+                if finished(config):
+                    break
+                command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), *options, *own]
+                logging.info("%s, seed %d: %s", variant, seed, stage)
+                if subprocess.run(command, check=False).returncode:
+                    raise SystemExit(f"error: this failed: {' '.join(command)}")
+            results.setdefault(variant, []).append(finished(config))
+            seconds += seconds_of(config)
+    return describe(suite, results, seconds / 3600)
+
+
+if __name__ == "__main__":
+    program.prepare_logging()
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(__doc__)
+    (ROOT / "docs" / "reproduction.md").write_text(run(load_suite(arguments[0], arguments[1:])), "utf-8")

@@ -1,0 +1,104 @@
+"""A suite of ablations: its configurations, its verdicts, its page; and, slowly, a run of it that goes on."""
+
+import dataclasses
+import subprocess
+
+import pytest
+
+from launch import ablate
+from tests.programs import flags
+from trace_jax.config import Config
+from trace_jax.retrieval import artifacts
+from trace_jax.retrieval.ablation import CLAIMS, Suite, config_of, describe, finished, load_suite, verdict
+from trace_jax.retrieval.evaluation import config_hash, metrics_path
+
+
+def test_every_variant_of_the_emoji_suite_is_a_configuration_of_its_own():
+    suite = load_suite("emoji", [])
+    found = {variant: config_of(suite, variant, 1)[0] for variant in suite.variants}
+    assert len({config_hash(config) for config in found.values()}) == len(found)
+    assert {config.training.seed for config in found.values()} == {1}
+    assert {config.name for config in found.values()} == {suite.base}
+    for claim in CLAIMS:
+        assert {claim.better.variant, claim.worse.variant} <= set(suite.variants)
+    assert load_suite("emoji", ["--seeds", "5"]).seeds == (5,)
+    with pytest.raises(SystemExit, match="Did you mean 'emoji'"):
+        load_suite("emojy", [])
+
+
+@pytest.mark.parametrize(
+    ("differences", "margin", "said"),
+    [
+        ([1.0, 0.2, 3.0], 0.0, "holds"),
+        ([-1.0, -0.1], 0.0, "does not hold"),
+        ([-1.0, 1.0], 0.0, "cannot be told"),
+        ([-0.5, 1.0], -1.0, "holds"),
+    ],
+)
+def test_a_claim_holds_when_every_seed_says_so(differences, margin, said):
+    assert verdict(differences, margin) == said
+
+
+def made_up(level: float) -> dict:
+    modes = {
+        mode: {"local": {"R@5": level + shift}, "local_complex": {"R@5": level + 2 * shift}, "queries_per_second": rate}
+        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0))
+    }
+    simple = {"complex_queries": 0, "modes": {mode: row | {"local_complex": {}} for mode, row in modes.items()}}
+    routing = {"complex_reasoned": 90.0, "simple_direct": 80.0}
+    tasks = {"it2i": {"complex_queries": 9, "modes": modes}, "t2i": simple}
+    return {"mode": "adaptive", "release": "made up", "tasks": tasks, "routing": routing}
+
+
+def test_the_page_compares_seed_by_seed():
+    suite = Suite("x", seeds=(0, 1), variants={"trace": (), "no_trace": ("--data.trace", "none")})
+    page = describe(suite, {"trace": [made_up(50), made_up(60)], "no_trace": [made_up(40), made_up(61)]}, 1.5)
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| ")]
+    lifted = next(row for row in rows if row[1].startswith("Reasoning lifts"))
+    assert lifted[3:6] == ["59.0 ± 7.1", "55.0 ± 7.1", "holds"]  # complex: 54 and 64 against 50 and 60
+    assert next(row for row in rows if row[1].startswith("Training with traces"))[5] == "cannot be told"
+    assert next(row for row in rows if row[1].startswith("Reasoning about every"))[5] == "holds"
+    assert "| always | 49.0 ± 7.1 | 52.0 ± 7.1 | 4.0 ± 0.0 |" in page  # complex, simple, queries per second
+    assert "1.5 hours" in page and "`--data.trace none`" in page
+
+
+def test_a_suite_goes_on_after_what_is_done(tiny_config: Config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    suite = Suite("tiny", options=tuple(flags(tiny_config)), seeds=(0, 1), variants={"trace": (), "no_trace": ()})
+    started = []
+
+    def program(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        started.append(command[1].rsplit("/", 1)[-1])
+        workdir = command[len(command) - 1 - command[::-1].index("--workdir") + 1]
+        config = next(
+            config
+            for variant in suite.variants
+            for seed in suite.seeds
+            if (config := config_of(suite, variant, seed)[0]).workdir == workdir
+        )
+        if started[-1] == "evaluate.py":
+            artifacts.write_json(metrics_path(config), made_up(50) | {"config_hash": config_hash(config)})
+        return subprocess.CompletedProcess(command, int(len(started) == 6))
+
+    monkeypatch.setattr(subprocess, "run", program)
+    with pytest.raises(SystemExit, match=r"this failed: .*embed\.py"):
+        ablate.run(suite)
+    assert finished(config_of(suite, "trace", 0)[0]) and not finished(config_of(suite, "trace", 1)[0])
+    page = ablate.run(suite)
+    assert started.count("train.py") == 5  # that of the second run twice: it failed after its training
+    assert "no_trace" in page
+    changed = dataclasses.replace(suite, options=(*suite.options, "--training.steps", "9"))
+    assert finished(config_of(changed, "trace", 0)[0]) is None
+
+
+@pytest.mark.slow
+def test_a_suite_is_trained_and_measured(tiny_config: Config, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options = flags(dataclasses.replace(tiny_config, workdir=""))
+    suite = Suite(
+        "tiny", options=tuple(options), seeds=(0,), variants={"trace": (), "no_trace": ("--data.trace", "none")}
+    )
+    page = ablate.run(suite)
+    assert "Training with traces beats training without" in page
+    before = finished(config_of(suite, "trace", 0)[0])
+    assert ablate.run(suite) == page and finished(config_of(suite, "trace", 0)[0]) == before

@@ -1,0 +1,199 @@
+"""M-BEIR's exact layout, in miniature, all the way: check, build, train, embed, index, evaluate, the paper's table."""
+
+import dataclasses
+
+import jax
+import pytest
+from etils import epath
+
+from launch import prepare_data
+from tests.data.mbeir_release import write_release
+from tests.data.test_unseen import genecis
+from tests.test_end_to_end import figures
+from trace_jax import sharding
+from trace_jax.config import Config, Mesh
+from trace_jax.data.builders import mbeir
+from trace_jax.data.builders.check import PUBLISHED
+from trace_jax.data.tokenizer import Processor
+from trace_jax.retrieval import evaluation
+from trace_jax.retrieval.benchmark import Benchmark
+from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.evaluation import Scope, describe, evaluate, metrics_path, run_file
+from trace_jax.retrieval.index import build_indexes
+from trace_jax.retrieval.pools import embed_candidates
+from trace_jax.retrieval.program import arguments
+from trace_jax.retrieval.report import write_report
+from trace_jax.training.train import model_identity, restore_model, train
+
+TESTS = Scope(splits=("test",))
+
+
+@pytest.fixture(scope="module")
+def prepared(tiny_config, tmp_path_factory) -> Config:
+    """A configuration whose benchmark is a synthetic M-BEIR, checked and built."""
+    root = tmp_path_factory.mktemp("mbeir")
+    source = write_release(root / "M-BEIR", queries=2)
+    prepare_data.main(prepare_data.Arguments("mbeir", str(source), data_dir=root / "data"))
+    data = dataclasses.replace(tiny_config.data, root=str(root / "data"), release="mbeir")
+    return dataclasses.replace(tiny_config, data=data, workdir=str(root / "run"))
+
+
+@pytest.fixture(scope="module")
+def embedded(prepared, retriever) -> tuple[Config, Benchmark]:
+    benchmark = Benchmark(prepared)
+    assert embed_candidates(prepared, retriever, benchmark) == len(benchmark.candidates)
+    build_indexes(prepared, benchmark)
+    return prepared, benchmark
+
+
+def test_all_16_files_are_measured_in_both_pools(embedded, retriever):
+    config, benchmark = embedded
+    metrics, encoded = evaluate(config, retriever, benchmark, scope=TESTS)
+    assert encoded == 2 * 16
+    assert set(metrics["files"]) == {f"mbeir_{dataset}_task{task}_test" for dataset, task in PUBLISHED}
+    assert not metrics["unseen"] and not metrics["validation"]
+    for stem, entry in metrics["files"].items():
+        assert entry["local_pool"] == 4 and entry["global_pool"] == 16 * 4
+        fashion = "fashion" in stem
+        for pool in ("local", "global"):
+            assert ("R@50" in entry[pool]) == fashion
+            assert entry[pool]["R@10"] >= entry[pool]["R@5"] >= entry[pool]["R@1"]
+        assert entry["local"]["R@10"] == 100  # the pool is no larger
+        if "oven" in stem:  # half of the right answers are in another pool
+            assert entry["ranking"]["local"]["true R@10"] == 50
+    assert len(metrics["config_hash"]) == 16 and metrics["seeds"] == {"training": config.training.seed}
+    assert metrics["caveat"] in describe(metrics)
+    query_set = benchmark.choose(["fashioniq"], ["test"])[0]
+    lines = run_file(config, query_set, "adaptive", "global").read_text().splitlines()
+    assert {len(line.split()) for line in lines} == {6} and len(lines) == 2 * 50
+
+
+def test_a_page_holds_the_papers_table(embedded, retriever):
+    config, benchmark = embedded
+    evaluate(config, retriever, benchmark, scope=TESTS)
+    page = write_report(config, benchmark).read_text()
+    assert "U-MARVEL-7B" in page
+    tables = epath.Path(config.run_dir) / "tables"
+    assert {path.name for path in tables.iterdir()} == {
+        f"{stem}.{ending}" for stem in ("table1", "table1_global") for ending in ("txt", "csv", "tex")
+    }
+    assert tables.joinpath("table1.csv").read_text().splitlines()[-1].startswith("tiny,")
+
+
+def test_a_part_of_it_can_be_measured_by_itself(embedded, retriever):
+    config, benchmark = embedded
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, ks=(1, 5)))
+    scope = Scope(("it2i", "oven_task6"), ("test",), ("local",))
+    metrics, _ = evaluate(config, retriever, benchmark, scope=scope)
+    assert {stem.removeprefix("mbeir_") for stem in metrics["files"]} == {
+        "fashioniq_task7_test",
+        "cirr_task7_test",
+        "oven_task6_test",
+    }
+    assert all(entry["global"] == {} for entry in metrics["files"].values())
+    assert metrics["average_global"] is None and describe(metrics)
+    assert write_report(config, benchmark).exists()
+    with pytest.raises(ValueError, match="did you mean cirr"):
+        evaluate(config, retriever, benchmark, scope=Scope(("cir",)))
+
+
+def test_all_four_prompts_give_a_spread(embedded, retriever):
+    config, benchmark = embedded
+    scope = Scope(("cirr",), ("test",), prompts="all")
+    metrics, encoded = evaluate(config, retriever, benchmark, scope=scope)
+    entry = metrics["files"]["mbeir_cirr_task7_test"]
+    assert encoded in (6, 8)  # the first prompt may have been asked before
+    for pool in ("local", "global"):
+        five = entry["prompts"][pool]["R@5"]
+        each = [five[f"prompt {i}"] for i in (1, 2, 3, 4)]
+        assert each[0] == entry[pool]["R@5"]
+        assert five["mean"] == pytest.approx(sum(each) / 4, abs=0.01)
+    again, encoded = evaluate(config, retriever, benchmark, scope=scope)
+    assert encoded == 0 and again == metrics
+    query_set = benchmark.choose(["cirr"], ["test"])[0]
+    asked = [benchmark.load(query_set, prompt).queries[0].instruction for prompt in range(4)]
+    assert len(set(asked)) == 4
+    with pytest.raises(ValueError, match=r"no instruction 5 for it2i of data set 8; add it"):
+        benchmark.load(query_set, 4)
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same(embedded, retriever, tmp_path, monkeypatch):
+    config, benchmark = embedded
+    whole, _ = evaluate(config, retriever, benchmark, scope=TESTS)
+    other = dataclasses.replace(config, workdir=str(tmp_path / "other"))
+    embed_candidates(other, retriever, benchmark)
+    build_indexes(other, benchmark)
+    encode, done = evaluation.encode, []
+
+    def stopping(*given, **options):
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        done.append(given)
+        return encode(*given, **options)
+
+    monkeypatch.setattr(evaluation, "encode", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(other, retriever, benchmark, scope=TESTS)
+    assert not metrics_path(other).exists()
+    monkeypatch.setattr(evaluation, "encode", encode)
+    resumed, encoded = evaluate(other, retriever, benchmark, scope=TESTS)
+    assert encoded == 2 * (16 - 7)
+    assert figures(resumed) == figures(whole)
+
+
+def test_a_benchmark_other_than_the_runs_own_release_has_metrics_of_its_own(prepared):
+    given = ["emoji_tiny", "--benchmark", "mbeir", "--pools", "local,global", "--tasks", "all", "--data.root"]
+    config, options = arguments([*given, prepared.data.root], None)
+    assert (options.tasks, options.pools) == (("all",), ("local", "global"))
+    assert Benchmark(config).name == config.benchmark == "mbeir" and config.data.release == "emoji_small"
+    assert metrics_path(config).name == "metrics_mbeir.json"
+    with pytest.raises(SystemExit):
+        arguments(["emoji_tiny", "--pools", "locale"], None)
+
+
+def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path):
+    genecis(tmp_path / "source")
+    prepare_data.main(prepare_data.Arguments("genecis", str(tmp_path / "source"), data_dir=tmp_path / "data"))
+    data = dataclasses.replace(prepared.data, root=str(tmp_path / "data"))
+    searched = dataclasses.replace(prepared.evaluation, benchmark="genecis")
+    config = dataclasses.replace(prepared, data=data, evaluation=searched, workdir=str(tmp_path / "run"))
+    benchmark = Benchmark(config)
+    embed_candidates(config, retriever, benchmark)
+    build_indexes(config, benchmark)
+    metrics, _ = evaluate(config, retriever, benchmark)
+    assert not metrics["tasks"] and set(metrics["unseen"]) == {query_set.dataset for query_set in benchmark.query_sets}
+    for query_set in benchmark.query_sets:
+        labelled, entry = benchmark.load(query_set), metrics["files"][query_set.stem]
+        found: dict[str, list[int]] = {qid: [] for qid in labelled.qids}
+        for line in run_file(config, query_set, "adaptive", "local").read_text().splitlines():
+            qid, _, did, *_ = line.split()
+            found[qid].append(mbeir.hash_did(did))
+        firsts = [ids[0] in right for ids, right in zip(found.values(), labelled.positives, strict=True)]
+        assert [set(ids) for ids in found.values()] == labelled.galleries
+        assert entry["local"]["R@1"] == round(100 * sum(firsts) / len(firsts), 2) and entry["local"]["R@5"] == 100
+    assert "VIST" in write_report(config, benchmark).read_text()
+    assert metrics_path(config).name == "metrics_genecis.json"
+
+
+@pytest.mark.slow
+def test_trained_and_measured_the_same_on_one_device_and_on_eight(prepared, tmp_path):
+    training = dataclasses.replace(prepared.training, steps=3, checkpoint_every=3)
+    config = dataclasses.replace(prepared, training=training, workdir=str(tmp_path / "run"))
+    assert train(config)
+    processor, benchmark = Processor.from_hf(config.model.base, config.data), Benchmark(config)
+    measured = []
+    for devices in (8, 1):
+        mesh = sharding.make_mesh(Mesh(), jax.devices()[:devices])
+        restored = restore_model(config, processor, mesh)
+        assert restored is not None
+        step, model = restored
+        retriever = Retriever(model, processor, config, mesh, step=step, identity=model_identity(config))
+        for made in ("embeddings", "indexes", "queries"):
+            if (epath.Path(config.run_dir) / made).exists():
+                (epath.Path(config.run_dir) / made).rmtree()
+        embed_candidates(config, retriever, benchmark)
+        build_indexes(config, benchmark)
+        metrics, encoded = evaluate(config, retriever, benchmark, scope=TESTS)
+        assert encoded == 2 * 16 and metrics["checkpoint"]["sha256"]
+        measured.append(figures(metrics))
+    assert measured[0] == measured[1]

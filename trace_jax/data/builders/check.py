@@ -1,0 +1,371 @@
+"""Looks a release in M-BEIR's layout over, before anything is built from it.
+
+Three steps, each of which must be clean before the next: the files are there; every line is well formed and every id
+stands once; every id and picture that is named exists, and every picture can be decoded. `check` reads all of it and
+returns every problem that a step finds, so that one round of mending is enough. Pictures take nearly all the time: a
+file whose pictures were all found good is remembered, and they are not decoded again.
+"""
+
+import array
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from trace_jax.data.builders import mbeir
+from trace_jax.data.builders.mbeir import ReleaseError
+from trace_jax.data.processor import decode_image
+from trace_jax.data.schema import TASKS
+
+# M-BEIR's data sets and tasks with their published counts (Table 1 of the UniIR paper): queries of train, val and test,
+# and candidates. They are rounded there; "20K" stands for what rounds to it.
+PUBLISHED = {
+    ("visualnews", 0): ("99K", "20K", "20K", "542K"),
+    ("mscoco", 0): ("100K", "24.8K", "24.8K", "5K"),
+    ("fashion200k", 0): ("15K", "1.7K", "1.7K", "201K"),
+    ("webqa", 1): ("16K", "1.7K", "2.4K", "544K"),
+    ("edis", 2): ("26K", "3.2K", "3.2K", "1M"),
+    ("webqa", 2): ("17K", "1.7K", "2.5K", "403K"),
+    ("visualnews", 3): ("100K", "20K", "20K", "537K"),
+    ("mscoco", 3): ("113K", "5K", "5K", "25K"),
+    ("fashion200k", 3): ("15K", "4.8K", "4.8K", "61K"),
+    ("nights", 4): ("16K", "2K", "2K", "40K"),
+    ("oven", 6): ("150K", "50K", "50K", "676K"),
+    ("infoseek", 6): ("141K", "11K", "11K", "611K"),
+    ("fashioniq", 7): ("16K", "2K", "6K", "74K"),
+    ("cirr", 7): ("26K", "2K", "4K", "21K"),
+    ("oven", 8): ("157K", "14.7K", "14.7K", "335K"),
+    ("infoseek", 8): ("143K", "17.6K", "17.6K", "481K"),
+}
+COLUMNS = ("missing pictures", "undecodable", "dangling ids", "duplicate ids", "malformed", "blank", "elsewhere")
+NOTES = COLUMNS[5:]  # a blank picture, a right answer that only another pool holds: counted, and no fault
+SHOWN = 5  # problems of a kind that are written out for a file
+WAITING = 4096  # pictures that are read or waited for at once
+
+_STEM = re.compile(r"mbeir_(\w+?)_task(\d)_(train|val|test)?_?(cand_pool|qrels)?")
+_INSTRUCTIONS = "instructions/query_instructions.tsv"
+
+
+@dataclasses.dataclass
+class Row:
+    """What was found in one file."""
+
+    file: str  # within the release
+    records: int = 0
+    published: str = ""
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)  # of COLUMNS
+    problems: list[str] = dataclasses.field(default_factory=list)
+    notes: tuple[str, ...] = NOTES  # columns that are counted, and no fault
+
+    @property
+    def faults(self) -> int:
+        """How much is wrong."""
+        return sum(count for column, count in self.counts.items() if column not in self.notes)
+
+    def add(self, column: str, message: str = "", times: int = 1) -> None:
+        """Counts something; the first few of each kind are written out, unless it is a mere note."""
+        self.counts[column] = self.counts.get(column, 0) + times
+        if column not in self.notes and self.counts[column] <= SHOWN:
+            self.problems.append(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found in a release."""
+
+    release: Path
+    rows: list[Row]
+
+    @property
+    def problems(self) -> list[str]:
+        """Each names its file, its record and the mend; at most five of a kind and file."""
+        return [problem for row in self.rows for problem in row.problems]
+
+    @property
+    def table(self) -> str:
+        """One line a file: records beside the published count, then how many of what went wrong."""
+        width = max(len(row.file) for row in self.rows)
+        lines = [f"{'file':{width}} {'records':>10} {'published':>10} " + " ".join(COLUMNS)]
+        for row in self.rows:
+            differs = "≠" if row.published and not agrees(row.records, row.published) else " "
+            cells = " ".join(f"{row.counts.get(column, 0) or '·':>{len(column)}}" for column in COLUMNS)
+            lines.append(f"{row.file:{width}} {row.records:>10,} {differs + row.published:>10} {cells}")
+        return "\n".join(lines)
+
+    def raise_for_problems(self) -> None:
+        """Raises ReleaseError with all problems that are written out."""
+        if faults := sum(row.faults for row in self.rows):
+            raise ReleaseError(f"{faults} problems in {self.release}:\n" + "\n".join(self.problems))
+
+
+def agrees(count: int, published: str) -> bool:
+    """Whether a count rounds to a published one such as "24.8K" or "1M"."""
+    digits, unit = published[:-1], {"K": 1_000, "M": 1_000_000}[published[-1]]
+    step = unit / 10 ** len(digits.partition(".")[2])
+    return abs(count - float(digits) * unit) <= step / 2
+
+
+def check(
+    release: Path, kept: Path, *, images: str = "", complete: bool = False, accepted: Sequence[str] = ()
+) -> Report:
+    """Looks a release over; `complete` also asks for all the files of M-BEIR, and compares with its published counts.
+
+    `accepted` are columns that are counted only, among "dangling ids" and "duplicate ids". `images` is where the
+    pictures' paths start, local or gs://; without it, the release. `kept` is the folder that remembers which pictures
+    are good.
+    """
+    report = Report(release, [])
+    _check_files(report, complete)
+    if not report.problems:
+        _Check(report, kept, epath.Path(images or release), complete, (*NOTES, *accepted)).run()
+    return report
+
+
+# The files ------------------------------------------------------------------------------------
+
+
+def _check_files(report: Report, complete: bool) -> None:
+    """Adds a row for each file that is missing."""
+    release = report.release
+
+    def require(name: str, why: str) -> None:
+        path = release / name
+        if not path.exists() or not path.stat().st_size:
+            state = "is empty" if path.exists() else "is missing"
+            row = Row(name)
+            row.add("malformed", f"{path}: {state}; {why}: fetch it again")
+            report.rows.append(row)
+
+    require(_INSTRUCTIONS, "queries are asked with its prompts")
+    if complete:
+        for file in _published_files():
+            require(file, "it is part of M-BEIR")
+        return
+    if not mbeir.query_files(release) or not mbeir.pool_files(release):
+        require("query/test or query/union_train", "a release has queries, in .jsonl files")
+        require("cand_pool/local", "a release has pools, in .jsonl files")
+    for _, (path, split) in mbeir.query_files(release).items():
+        if split != "train":
+            require(f"qrels/{split}/{path.stem}_qrels.txt", f"the right answers of {path.name} are there")
+            if _pool_of(release, path.stem) is None:
+                name = f"cand_pool/local/{path.stem.rpartition('_')[0]}_cand_pool.jsonl"
+                require(name, f"{path.name} is searched in it")
+        else:
+            require(f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
+
+
+def _published_files() -> Iterator[str]:
+    yield "query/union_train/mbeir_union_up_train.jsonl"
+    yield f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+    yield from (f"query/train/mbeir_{dataset}_train.jsonl" for dataset in dict.fromkeys(d for d, _ in PUBLISHED))
+    for dataset, task in PUBLISHED:
+        stem = f"mbeir_{dataset}_task{task}"
+        for split in ("val", "test"):
+            yield f"query/{split}/{stem}_{split}.jsonl"
+            yield f"qrels/{split}/{stem}_{split}_qrels.txt"
+        middles = ("_val", "_test") if dataset == "mscoco" else ("",)
+        yield from (f"cand_pool/local/{stem}{middle}_cand_pool.jsonl" for middle in middles)
+
+
+def _pool_of(release: Path, stem: str) -> Path | None:
+    """The local pool of a query file: MSCOCO has one for each split."""
+    folder = release / "cand_pool/local"
+    names = (f"{stem}_cand_pool.jsonl", f"{stem.rpartition('_')[0]}_cand_pool.jsonl")
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def _published(path: Path) -> str:
+    """The published count of a file of M-BEIR; "" where there is none."""
+    match = _STEM.fullmatch(path.stem)
+    if match is None or match[4] == "qrels" or (match[1], int(match[2])) not in PUBLISHED:
+        return ""
+    train, val, test, pool = PUBLISHED[match[1], int(match[2])]
+    if match[4] == "cand_pool":
+        return "" if match[3] == "val" else pool
+    return {"train": train, "val": val, "test": test}[match[3]]
+
+
+# The records ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Read:
+    """What later steps need of a file that was read; ids are M-BEIR's integers, lines count from 1."""
+
+    row: Row
+    path: Path
+    ids: np.ndarray  # [n] int64: dids of a pool, qids of a query file
+    pictures: dict[str, int]  # path -> the line that names it first
+    named: np.ndarray  # [m, 2] int64: (did, line) of every candidate that a query file names
+
+
+class _Check:
+    def __init__(self, report: Report, kept: Path, images: epath.Path, complete: bool, notes: tuple[str, ...]) -> None:
+        self.report, self.kept, self.images, self.complete, self.notes = report, kept, images, complete, notes
+        self.release = report.release
+        self.prompts: dict[tuple[int, str, str], list[str]] = {}
+
+    def run(self) -> None:
+        row = self._row(self.release / _INSTRUCTIONS)
+        try:
+            self.prompts = mbeir.read_instructions(self.release)
+        except ReleaseError as error:
+            row.add("malformed", str(error))
+            return
+        row.records = len(self.prompts)
+        pools = {path: self._read(path) for path in mbeir.pool_files(self.release).values()}
+        queries = {path: self._read(path, split) for path, split in mbeir.query_files(self.release).values()}
+        queries |= {path: self._read(path, "train") for path in sorted((self.release / "query/train").glob("*.jsonl"))}
+        if self.report.problems:
+            return
+        self._check_references(pools, queries)
+        for read in (*pools.values(), *queries.values()):
+            self._check_pictures(read)
+
+    def _row(self, path: Path) -> Row:
+        published = _published(path) if self.complete else ""
+        row = Row(str(path.relative_to(self.release)), published=published, notes=self.notes)
+        self.report.rows.append(row)
+        return row
+
+    def _read(self, path: Path, split: str = "") -> _Read:
+        """Reads a pool, or the query file of a split."""
+        row, pictures, seen = self._row(path), {}, {}
+        ids, named = array.array("q"), array.array("q")  # a file may name millions
+        at = 0
+
+        def note(relative: str | None, _: str) -> bytes:
+            if relative:
+                pictures.setdefault(relative, at)
+            return b"there" if relative else b""
+
+        def take(where: str, record: dict[str, Any]) -> str:
+            if not split:
+                shown = mbeir.read_candidate(where, record, note)["did"]
+                ids.append(mbeir.hash_did(shown))
+                return shown
+            query = mbeir.read_query(where, record, {}, note)
+            self._check_query(where, query, path, split)
+            ids.append(mbeir.hash_qid(query["qid"]))
+            for did in query["pos_dids"] + query["neg_dids"]:
+                named.extend((mbeir.hash_did(did), at))
+            return query["qid"]
+
+        try:
+            for at, (where, record) in enumerate(mbeir.lines(path), start=1):
+                row.records += 1
+                try:
+                    shown = take(where, record)
+                except ReleaseError as error:
+                    row.add("malformed", str(error))
+                    continue
+                first = seen.setdefault(ids[-1], at)
+                if first != at and split != "train":  # the union of training repeats the queries of small data sets
+                    row.add("duplicate ids", f"{where}: {shown} stands in line {first} already; remove one of them")
+        except ReleaseError as error:  # nothing can be said of what follows a line that is no JSON
+            row.add("malformed", str(error))
+        if not row.records and not row.problems:
+            row.add("malformed", f"{path}: holds no records; fetch it again")
+        pairs = np.array(named, np.int64).reshape(-1, 2)
+        return _Read(row, path, np.array(ids, np.int64), pictures, pairs)
+
+    def _check_query(self, where: str, query: mbeir.QueryRecord, path: Path, split: str) -> None:
+        """What a query file's name and the instructions say of each of its queries."""
+        match, task = _STEM.fullmatch(path.stem), query["task_id"]
+        if match and int(match[2]) != task:
+            raise ReleaseError(f"{where}: task_id is {task}, in a file of task {match[2]}; move the query or mend it")
+        if task not in TASKS:
+            raise ReleaseError(f"{where}: task_id is {task}, which no data set of M-BEIR has; mend it")
+        source, target = (mbeir.SIDES[side] for side in TASKS[task].split("2"))
+        if query["modality"] != source:
+            raise ReleaseError(
+                f"{where}: query_modality is {query['modality']!r}, but task {task} asks with {source!r}"
+            )
+        if (query["dataset_id"], source, target) not in self.prompts:
+            raise ReleaseError(
+                f"{where}: no prompt for data set {query['dataset_id']}, {source} to {target}; add it to"
+                f" {_INSTRUCTIONS}"
+            )
+        if split == "train" and not query["pos_dids"]:
+            raise ReleaseError(f"{where}: pos_cand_list is empty; a training query needs a right answer")
+
+    # References and pictures ------------------------------------------------------------------
+
+    def _check_references(self, pools: dict[Path, _Read], queries: dict[Path, _Read]) -> None:
+        everything = np.unique(np.concatenate([read.ids for read in pools.values()]))
+        anywhere = set(everything.tolist())
+        for path, read in queries.items():
+            trains = path.parent.name in ("train", "union_train")
+            home = self.release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+            known = np.unique(pools[home].ids) if trains and home in pools else everything
+            for did, line in read.named[~np.isin(read.named[:, 0], known)]:
+                where = f"in {home.name}" if trains else "in any pool"
+                shown = f"{did // mbeir.DIDS}:{did % mbeir.DIDS}"
+                read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
+            pool = _pool_of(self.release, path.stem)
+            if not trains and pool is not None:
+                self._check_qrels(path, read, pools[pool].ids, anywhere)
+
+    def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:
+        qrels = self.release / "qrels" / path.parent.name / f"{path.stem}_qrels.txt"
+        row = self._row(qrels)
+        try:
+            found = mbeir.load_qrels(qrels)
+        except ReleaseError as error:
+            row.add("malformed", str(error))
+            return
+        row.records = sum(map(len, found.values()))
+        asked, here = set(read.ids.tolist()), set(local.tolist())
+        for qid, dids in found.items():
+            if mbeir.hash_qid(qid) not in asked:
+                row.add("dangling ids", f"{qrels}: the query {qid} is not in {path}; fetch both again")
+            for did in sorted(dids):
+                number = mbeir.hash_did(did)
+                if number not in anywhere:
+                    row.add("dangling ids", f"{qrels}: {did}, the answer to {qid}, is in no pool; add it to its pool")
+                elif number not in here:
+                    row.add("elsewhere")
+        judged = {mbeir.hash_qid(qid) for qid in found}
+        for number in sorted(asked - judged):
+            qid = f"{number // mbeir.QIDS}:{number % mbeir.QIDS}"
+            row.add("dangling ids", f"{qrels}: no right answer for the query {qid} of {path.name}; add one")
+
+    def _check_pictures(self, read: _Read) -> None:
+        """Decodes every picture that a file names, once; if all are good, that is remembered."""
+        digest = hashlib.sha256("\n".join([str(self.images), *read.pictures]).encode()).hexdigest()
+        note = self.kept / f"{read.row.file.replace('/', '.')}.json"
+        if note.exists() and (before := json.loads(note.read_text("utf-8")))["digest"] == digest:
+            read.row.add("blank", times=before["blank"])
+            return
+        named = list(read.pictures.items())
+        bar = tqdm(total=len(named), unit="picture", desc=read.path.stem, leave=False, disable=None)
+        with ThreadPoolExecutor() as pool, bar:
+            for first in range(0, len(named), WAITING):
+                part = named[first : first + WAITING]
+                verdicts = pool.map(self._verdict, [relative for relative, _ in part])
+                for (relative, line), (column, why) in zip(part, verdicts, strict=True):
+                    if column:
+                        where = f"{read.path}, line {line}"
+                        read.row.add(column, f"{where}: the picture {relative!r} {why}; unpack it again")
+                bar.update(len(part))
+        if not read.row.problems:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({"digest": digest, "blank": read.row.counts.get("blank", 0)}), "utf-8")
+
+    def _verdict(self, relative: str) -> tuple[str, str]:
+        """("", "") for a good picture, else its column of the table and what to say of it."""
+        try:
+            pixels = decode_image((self.images / relative).read_bytes(), "")
+        except FileNotFoundError:
+            return "missing pictures", f"is not under {self.images}"
+        except ValueError as error:
+            return "undecodable", f"cannot be decoded ({str(error).removeprefix(': ')})"
+        return ("blank", "is blank") if (pixels == pixels[0, 0]).all() else ("", "")
