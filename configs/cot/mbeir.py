@@ -13,6 +13,6 @@ config = CotConfig(
     name="mbeir",
     teacher=_TEACHER,
     verifier=_TEACHER,
-    policy=dict.fromkeys(_SIMPLE, "simple") | dict.fromkeys(_COMPLEX, "complex"),
+    policy={**dict.fromkeys(_SIMPLE, "simple"), **dict.fromkeys(_COMPLEX, "complex")},
     audit=0.01,  # eleven thousand assessments, for the agreement
 )

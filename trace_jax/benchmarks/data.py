@@ -92,16 +92,17 @@ def packing(
     tasks = list(TASKS.values())
 
     def side(kind: str, article: bool, trace: int = 0) -> Tokens:
-        length, images = 95 + trace, ()
+        length, images, none = 95 + trace, (), np.zeros(0)
         if "i" in kind:
             long = int(256 * rng.uniform(1, 2))
-            rows, columns = fit_size(*rng.permutation([256, long]).tolist(), geometry)
+            height, width = rng.permutation([256, long]).tolist()
+            rows, columns = fit_size(height, width, geometry)
             patches = rows * columns // geometry.patch_size**2
-            images = (Patches(np.zeros((patches, 0)), *[np.zeros(0)] * 3, (0, 0)),)
+            images = (Patches(np.zeros((patches, 0)), none, none, none, (0, 0)),)
             length += patches // geometry.merge_unit
         if "t" in kind:
             length += min(data.max_text_tokens, 1 + int(rng.exponential(150 if article else 20)))
-        return Tokens(np.zeros(length, np.int32), np.zeros(0), images, np.zeros(0))
+        return Tokens(np.zeros(length, np.int32), none, images, none)
 
     def pair(task: str) -> Tokenized:
         query, document = task.split("2")

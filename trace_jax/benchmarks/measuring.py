@@ -5,12 +5,12 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def interleaved(
-    contestants: dict[str, Callable[[Any], object]],
+    contestants: Mapping[str, Callable[[Any], object]],
     inputs: Sequence[Any],
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:

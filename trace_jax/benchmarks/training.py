@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from trace_jax import sharding
 from trace_jax.benchmarks.measuring import interleaved, report
 from trace_jax.config import Config, load_config
-from trace_jax.data.pipeline import Pipeline, Tokenized
+from trace_jax.data.pipeline import Pipeline
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model.architecture import Architecture
@@ -89,7 +90,7 @@ def _torch_step(config: Config, processor: Processor, pipeline: Pipeline) -> Cal
     base = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model.base, dtype=torch.float32)
     adapted = peft.LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (a fraction is fine)
         target_modules=rf".*language_model.*\.({'|'.join(lora.targets)})",
     )
     model: Any = peft.get_peft_model(base, adapted).get_base_model()
@@ -112,12 +113,12 @@ def _torch_step(config: Config, processor: Processor, pipeline: Pipeline) -> Cal
                 image.values.reshape(len(image.slots), -1)[image.slots].reshape(-1, vision.patch_pixels)
                 for image in images
             ]
-            given["pixel_values"] = np.array(normalize_pixels(np.concatenate(values), vision))
+            given["pixel_values"] = np.array(normalize_pixels(jnp.asarray(np.concatenate(values)), vision))
             given["image_grid_thw"] = np.array([[1, 2 * image.grid[0], 2 * image.grid[1]] for image in images])
         return model.model(**{name: torch.tensor(value) for name, value in given.items()}).last_hidden_state
 
     def run(index: int) -> float:
-        items: list[Tokenized] = pipeline.examples[index % 2]
+        items = pipeline.batch_of(index % 2)
         queries = [item.query for item in items]
         hidden = states(queries)
         documents = [item.documents[0] for item in items] + [d for item in items for d in item.documents[1:]]

@@ -16,7 +16,7 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from typing import Any
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -323,9 +323,13 @@ class Pipeline:
     capacity: Capacity
     shards: int  # of this host
 
+    def batch_of(self, step: int) -> list[Tokenized]:
+        """The examples of a batch, before they are dealt and packed."""
+        return cast(list[Tokenized], self.examples[step])
+
     def names(self, step: int) -> np.ndarray:
         """The records of a batch, where they stand in it: [shards, B] str, "" where there is none."""
-        hands = [[item.example.name for item in hand] for hand in deal(self.examples[step], self.shards)]
+        hands = [[item.example.name for item in hand] for hand in deal(self.batch_of(step), self.shards)]
         return np.array([hand + [""] * (self.capacity.pairs - len(hand)) for hand in hands])
 
     def from_step(self, step: int, prefetch: int) -> Iterator[Batch]:
@@ -372,6 +376,6 @@ def training_batches(
         )
 
     whole = batches_of(data.batch_size)
-    capacity = measure_capacity((whole[i] for i in range(MEASURED_BATCHES)), shards, config)
+    capacity = measure_capacity((cast(list[Tokenized], whole[i]) for i in range(MEASURED_BATCHES)), shards, config)
     parts, own = batches_of(data.batch_size // hosts)[host::hosts], shards // hosts
     return Pipeline(parts, parts.map(lambda items: pack_batch(items, own, capacity, processor, config)), capacity, own)

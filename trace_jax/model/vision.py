@@ -32,7 +32,9 @@ def normalize_pixels(patches: Array, architecture: VisionArchitecture) -> Array:
     """
     shape = patches.shape[:-1]
     by_channel = (1,) * len(shape) + (architecture.in_channels, 1)
-    mean, std = (np.float32(x).reshape(by_channel) for x in (architecture.image_mean, architecture.image_std))
+    mean, std = (
+        np.asarray(x, np.float32).reshape(by_channel) for x in (architecture.image_mean, architecture.image_std)
+    )
     pixels = (patches.reshape(*shape, architecture.in_channels, -1).astype(jnp.float32) / np.float32(255) - mean) / std
     return jnp.repeat(pixels[..., None, :], architecture.temporal_patch_size, axis=-2).reshape(*shape, -1)
 
