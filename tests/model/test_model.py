@@ -232,3 +232,15 @@ def test_bfloat16_files_and_sharded_loading(tmp_path):
         np.testing.assert_array_equal(loaded[path][...].astype(jnp.float32), leaf[...].astype(jnp.float32))
     assert len(loaded["language/layers/mlp/gate_proj/kernel"][...].sharding.device_set) == 8
     np.testing.assert_array_equal(again.emb_row[...], again.head().base[9].astype(jnp.float32))
+
+
+def test_folded_adapters_give_the_same_states(reference):
+    model, inputs = make(), tiny.inputs()
+    for path, leaf in weights.flat_parameters(model).items():
+        if path.endswith("lora_b"):
+            leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    before, real = READ(model, inputs), inputs.segments > 0
+    model.fold_adapters()
+    assert not any("lora" in path for path in weights.flat_parameters(model))
+    np.testing.assert_allclose(READ(model, inputs)[real], before[real], atol=2e-5)
+    assert np.abs(before - reference[0])[real].max() > 0.1

@@ -80,6 +80,20 @@ class Linear(nnx.Module):
             y = y + _row(self.bias[...], y)
         return y.reshape(*leading, -1)
 
+    def fold(self) -> None:
+        """Adds the adapter to the kernel (of one layer, or of a stack) in float32, and drops it."""
+        if self.lora_a is None or self.lora_b is None:
+            return
+        kernel = self.kernel[...]
+
+        def added(kernel: Array, lora_a: Array, lora_b: Array) -> Array:
+            delta = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+            return (kernel.astype(jnp.float32) + self.scale * delta).astype(kernel.dtype)
+
+        add = jax.jit(added, out_shardings=kernel.sharding)
+        self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...])
+        self.lora_a = self.lora_b = None
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) * scale over the last axis, computed in float32; `scale` [features]."""

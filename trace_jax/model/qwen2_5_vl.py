@@ -98,6 +98,14 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         self.emb_token_id = emb_token_id
         self.dtype = dtypes.compute
 
+    def fold_adapters(self) -> None:
+        """Adds the adapters to the weights: inference then costs what the base's does. Not for weights in bfloat16,
+        whose rounding would swallow most of what adapters change.
+        """
+        for _, module in nnx.iter_modules(self.language):
+            if isinstance(module, Linear):
+                module.fold()
+
     # ---- states --------------------------------------------------------------------------------------------------
 
     def visual(self, inputs: Inputs) -> Array:

@@ -156,6 +156,8 @@ class Retriever:
         if restored is None:
             raise MissingStageError(f"no checkpoint in {folder}: run `make quickstart` first")
         step, model = restored
+        if config.model.param_dtype == "float32":
+            model.fold_adapters()
         if step < config.training.steps:
             log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
