@@ -153,7 +153,7 @@ def test_a_trace_is_what_the_configuration_wants_of_it(tiny_config, processor):
     def targets(**options) -> dict[str, list[int]]:
         data = dataclasses.replace(tiny_config.data, max_trace_tokens=200, row_length=512, **options)  # nothing is cut
         config = dataclasses.replace(tiny_config, data=data)
-        (examples,) = [source for name, source in retrieval_examples(config, 0).items() if name == "it2i"]
+        (examples,) = [source for name, source in retrieval_examples(config, "train", 0).items() if name == "it2i"]
         found = [tokenize(examples[i], processor, config) for i in range(6)]
         assert all(item.targets[-1] == processor.emb for item in found)
         return {item.example.name: item.targets[:-1] for item in found}

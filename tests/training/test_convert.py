@@ -171,6 +171,7 @@ def test_a_converted_base_serves_the_runs_of_its_source(run, tmp_path):
         np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     def convert_(*arguments):
         command = [sys.executable, str(ROOT / "launch" / "convert.py"), *map(str, arguments)]

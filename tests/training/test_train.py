@@ -95,7 +95,15 @@ def test_a_finished_run_is_left_alone(straight):
     assert losses(straight) == before
 
 
-@pytest.mark.parametrize("mesh", [Mesh(data=8), Mesh(data=2, fsdp=2, tensor=2), Mesh(data=1, fsdp=4, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        Mesh(data=2, fsdp=2, tensor=2),
+        pytest.param(Mesh(data=8), marks=pytest.mark.slow),
+        pytest.param(Mesh(data=1, fsdp=4, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_every_mesh_gives_the_same_losses(straight, fresh_config, mesh):
     config = replace(dataclasses.replace(fresh_config, mesh=mesh), steps=6)
     train(config)
@@ -200,7 +208,14 @@ def test_weights_and_biases_by_switch(fresh_config, monkeypatch):
     assert step == 1 and row["loss"] == 1.5 and row["learning_rate"] == 0.5 and said[2] == "finish"
 
 
-@pytest.mark.parametrize(("shards", "chunks", "detached"), [(1, 4, False), (2, 2, True), (4, 1, False)])
+@pytest.mark.parametrize(
+    ("shards", "chunks", "detached"),
+    [
+        (2, 2, True),
+        pytest.param(1, 4, False, marks=pytest.mark.slow),
+        pytest.param(4, 1, False, marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_caching_gives_the_gradient_of_the_whole_batch(tiny_config, shards, chunks, detached):
     loss = dataclasses.replace(tiny_config.loss, detach_emission=detached)
     tiny_config = dataclasses.replace(tiny_config, loss=loss)
