@@ -24,7 +24,7 @@ from trace_jax.model.architecture import Architecture, LanguageArchitecture, Vis
 
 LIMITS = {"vision": 1e-5, "projector": 1e-5, "decoder": 1e-5, "hidden": 1e-4, "logits": 1e-4, "gradient": 1e-3}
 FIXED = range(40)
-QUICK = 3  # of them in every run
+QUICK = 4  # seeds of the fast test
 ROWS, ROW_LENGTH = 3, 160  # of text; every draw fits
 PATCH_ROWS, PATCH_UNITS = 3, 64
 
