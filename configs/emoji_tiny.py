@@ -31,6 +31,6 @@ config = Config(
     ),
     loss=Loss(temperature=0.03, vocabulary_chunk=256),
     optimizer=Optimizer(learning_rate=2e-3, warmup_steps=20),
-    training=Training(steps=190, log_every=10, checkpoint_every=40),
+    training=Training(steps=180, log_every=10, checkpoint_every=40),
     evaluation=Evaluation(max_trace_tokens=48),
 )

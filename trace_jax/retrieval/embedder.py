@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import nnx
 from tqdm import tqdm
 
 from trace_jax import sharding
@@ -113,6 +114,10 @@ class Retriever:
     ) -> None:
         self.model, self.processor, self.config, self.mesh = model, processor, config, mesh
         self.step, self.identity = step, identity
+        self._reads = model  # what embeds: in float32 with the adapters folded in
+        if config.model.param_dtype == "float32":
+            self._reads = nnx.clone(model)
+            self._reads.fold_adapters()
         data, runs = config.data, config.model
         self.key = key_of(
             identity,
@@ -156,8 +161,6 @@ class Retriever:
         if restored is None:
             raise MissingStageError(f"no checkpoint in {folder}: run `make quickstart` first")
         step, model = restored
-        if config.model.param_dtype == "float32":
-            model.fold_adapters()
         if step < config.training.steps:
             log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
@@ -283,7 +286,7 @@ class Retriever:
                     index[shard, : len(members)] = packed.starts + lengths - 1
                 batch = stack_shards([packed.inputs for _, packed in shards]), index
                 with jax.set_mesh(self.mesh):
-                    states = _read(self.model, *sharding.to_devices(batch, self.mesh))
+                    states = _read(self._reads, *sharding.to_devices(batch, self.mesh))
                 waiting.append(([members for members, _ in shards], states))
         for shards, states in waiting:  # fetched last: the host packs while the device computes
             fetched = np.asarray(states)
@@ -371,7 +374,7 @@ class Retriever:
         )
         with jax.set_mesh(self.mesh):
             result = generate(
-                self.model,
+                self._reads,
                 inputs,
                 decoding,
                 longest=longest,
