@@ -230,7 +230,7 @@ def test_packing_keeps_every_token_and_patch_where_its_index_says():
     sequences = [sequence(9, [(56, 56)]), sequence(30, []), sequence(4, [(28, 42), (14, 14)]), sequence(20, [])]
     packed = pack(sequences, GEOMETRY, rows=2, row_length=64, patch_rows=2, patch_row_length=96, pad_token=0)
     inputs = packed.inputs
-    merged = inputs.patches.reshape(-1, 4, GEOMETRY.patch_dim)
+    merged = inputs.patches.reshape(-1, 4, GEOMETRY.patch_pixels)
     for sequence_, start in zip(sequences, packed.starts, strict=True):
         at = slice(start, start + len(sequence_))
         assert (inputs.tokens.reshape(-1)[at] == sequence_.tokens).all()
@@ -238,7 +238,7 @@ def test_packing_keeps_every_token_and_patch_where_its_index_says():
         assert len(set(inputs.segments.reshape(-1)[at])) == 1
         index = inputs.visual_index.reshape(-1)[at]
         assert ((index >= 0) == sequence_.is_visual).all()
-        values = [image.values.reshape(-1, 4, GEOMETRY.patch_dim)[image.slots] for image in sequence_.images]
+        values = [image.values.reshape(-1, 4, GEOMETRY.patch_pixels)[image.slots] for image in sequence_.images]
         if values:
             assert (merged[index[index >= 0]] == np.concatenate(values)).all()
     assert (inputs.segments > 0).sum() == sum(map(len, sequences))

@@ -29,8 +29,8 @@ from trace_jax.data.schema import TASKS, Batch, Document, Example, Query
 from trace_jax.data.tokenizer import Processor, append
 
 MEASURED_BATCHES = 8  # batches looked at to choose the static shapes
-TRACE_PARTS = {"both": ("reasoning", "answer"), "reasoning": ("reasoning",), "answer": ("answer",), "none": ()}
 SLACK = 1.02  # room above the fullest of them
+TRACE_PARTS = {"both": ("reasoning", "answer"), "reasoning": ("reasoning",), "answer": ("answer",), "none": ()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Geometry:
             )
 
     @property
-    def patch_dim(self) -> int:
+    def patch_pixels(self) -> int:
         """Bytes of a flattened patch: channels x height x width."""
         return 3 * self.patch_size**2
 
@@ -104,7 +104,7 @@ class Geometry:
 class Patches:
     """One image, ready for the vision encoder; n patches in window order."""
 
-    values: np.ndarray  # [n, patch_dim] uint8: a channel after the other; the model normalises them
+    values: np.ndarray  # [n, patch_pixels] uint8: a channel after the other; the model normalises them
     positions: np.ndarray  # [n, 2] int32: row and column in the patch grid
     windows: np.ndarray  # [n] int32: 0, 1, ... the attention window
     slots: np.ndarray  # [n / merge_unit] int32: for each visual token in reading order, its merged patch
@@ -306,7 +306,7 @@ def pack(
     segments = np.zeros((rows, row_length), np.int32)
     positions = np.zeros((rows, row_length, 3), np.int32)
     visual_index = np.full((rows, row_length), -1, np.int32)
-    patches = np.zeros((patch_rows, patch_row_length, geometry.patch_dim), np.uint8)
+    patches = np.zeros((patch_rows, patch_row_length, geometry.patch_pixels), np.uint8)
     patch_positions = np.zeros((patch_rows, patch_row_length, 2), np.int32)
     image_segments = np.zeros((patch_rows, patch_row_length), np.int32)
     window_segments = np.zeros((patch_rows, patch_row_length), np.int32)

@@ -32,6 +32,11 @@ class DTypes:
     params: jnp.dtype
 
 
+def with_adapter(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
+    """A kernel [..., in, out] with its adapter added, in float32."""
+    return kernel.astype(jnp.float32) + scale * jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
+
+
 class Linear(nnx.Module):
     """y = x kernel + bias + scale (drop(x) lora_a) lora_b, in `dtypes.compute`.
 
@@ -85,12 +90,9 @@ class Linear(nnx.Module):
         if self.lora_a is None or self.lora_b is None:
             return
         kernel = self.kernel[...]
-
-        def added(kernel: Array, lora_a: Array, lora_b: Array) -> Array:
-            delta = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
-            return (kernel.astype(jnp.float32) + self.scale * delta).astype(kernel.dtype)
-
-        add = jax.jit(added, out_shardings=kernel.sharding)
+        add = jax.jit(
+            lambda *parts: with_adapter(*parts, self.scale).astype(kernel.dtype), out_shardings=kernel.sharding
+        )
         self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...])
         self.lora_a = self.lora_b = None
 

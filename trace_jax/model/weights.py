@@ -29,6 +29,7 @@ from flax import nnx
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.layers import with_adapter
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 # path of one of our modules -> prefix of its tensors in the hub's checkpoints; {layer} counts along the leading axis
@@ -345,8 +346,7 @@ def merged_layer(
         block, name = module.split("/")[-2:]
         scale = getattr(getattr(model.language.layers, block), name).scale
         lora_a, lora_b = leaves[f"{module}/lora_a"][layer], leaves[f"{module}/lora_b"][layer]
-        delta = jnp.matmul(lora_a, lora_b, precision=jax.lax.Precision.HIGHEST)
-        value = value.astype(jnp.float32) + scale * delta
+        value = with_adapter(value, lora_a, lora_b, scale)
     value = value.astype(dtype)
     if model.emb_token_id is not None and path == "language/embed_tokens/embedding":
         value = value.at[model.emb_token_id].set(leaves["emb_row"].astype(dtype))
