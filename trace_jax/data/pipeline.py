@@ -120,10 +120,7 @@ def _files(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:
     files = sorted(path.stem for path in (folder / "release" / "query" / split).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{folder}: the release has no queries of the split {split!r}; set validate_every to 0")
-    pools = folder / "release" / "cand_pool" / "local"
-    own = {file: f"{file}_cand_pool" for file in files}  # MSCOCO has a pool for each split, the others one for all
-    shared = {file: f"{file.removesuffix(f'_{split}')}_cand_pool" for file in files}
-    return files, sorted({own[f] if (pools / f"{own[f]}.jsonl").exists() else shared[f] for f in files})
+    return files, sorted({mbeir.local_pool(folder / "release", file).stem for file in files})
 
 
 def generative_examples(config: Config, split: str, seed: int) -> dict[str, grain.MapDataset]:

@@ -85,7 +85,6 @@ class Benchmark:
                 f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first"
                 " (or launch/prepare_data.py for a release that is not the emoji's)"
             )
-        self.pools = tuple(sorted(path.stem for path in (release / "cand_pool" / "local").glob("*.jsonl")))
         self.trained = {
             path.stem.removeprefix("mbeir_").removesuffix("_train")
             for path in (release / "query" / "train").glob("*.jsonl")
@@ -102,11 +101,10 @@ class Benchmark:
         if match is None:
             return None
         dataset, task, split = match["dataset"], int(match["task"]), match["split"]
-        base = f"mbeir_{dataset}_task{task}"  # MSCOCO has a pool for each split
-        pool = next((p for p in (f"{base}_{split}_cand_pool", f"{base}_cand_pool") if p in self.pools), None)
-        if pool is None:
-            raise FileNotFoundError(f"{self.folder}: no pool {base}_cand_pool for the queries {stem}")
-        return QuerySet(stem, dataset, task, split, pool, dataset in self.trained)
+        pool = mbeir.local_pool(self.folder / "release", stem)
+        if not pool.exists():
+            raise FileNotFoundError(f"{self.folder}: no pool {pool.stem} for the queries {stem}")
+        return QuerySet(stem, dataset, task, split, pool.stem, dataset in self.trained)
 
     # ---- candidates --------------------------------------------------------------------------------------
 

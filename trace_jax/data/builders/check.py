@@ -155,9 +155,9 @@ def _check_files(report: Report, complete: bool) -> None:
     for _, (path, split) in mbeir.query_files(release).items():
         if split != "train":
             require(f"qrels/{split}/{path.stem}_qrels.txt", f"the right answers of {path.name} are there")
-            if _pool_of(release, path.stem) is None:
-                name = f"cand_pool/local/{path.stem.rpartition('_')[0]}_cand_pool.jsonl"
-                require(name, f"{path.name} is searched in it")
+            pool = mbeir.local_pool(release, path.stem)
+            if not pool.exists():
+                require(str(pool.relative_to(release)), f"{path.name} is searched in it")
         else:
             require(f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
 
@@ -173,13 +173,6 @@ def _published_files() -> Iterator[str]:
             yield f"qrels/{split}/{stem}_{split}_qrels.txt"
         middles = ("_val", "_test") if dataset == "mscoco" else ("",)
         yield from (f"cand_pool/local/{stem}{middle}_cand_pool.jsonl" for middle in middles)
-
-
-def _pool_of(release: Path, stem: str) -> Path | None:
-    """The local pool of a query file: MSCOCO has one for each split."""
-    folder = release / "cand_pool/local"
-    names = (f"{stem}_cand_pool.jsonl", f"{stem.rpartition('_')[0]}_cand_pool.jsonl")
-    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _published(path: Path) -> str:
@@ -310,8 +303,8 @@ class _Check:
                 where = f"in {home.name}" if trains else "in any pool"
                 shown = f"{did // mbeir.DIDS}:{did % mbeir.DIDS}"
                 read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
-            pool = _pool_of(self.release, path.stem)
-            if not trains and pool is not None:
+            pool = mbeir.local_pool(self.release, path.stem)
+            if not trains and pool in pools:
                 self._check_qrels(path, read, pools[pool].ids, anywhere)
 
     def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:

@@ -298,6 +298,13 @@ def pool_files(release: Path) -> dict[str, Path]:
     return {split_name(path.stem): path for path in paths}
 
 
+def local_pool(release: Path, stem: str) -> Path:
+    """The local pool of a query file of validation or test: one of its own split (MSCOCO has such) or one for all."""
+    folder = release / "cand_pool/local"
+    own = folder / f"{stem}_cand_pool.jsonl"
+    return own if own.exists() else folder / f"{stem.rpartition('_')[0]}_cand_pool.jsonl"
+
+
 _Examples = Iterator[tuple[int, dict[str, Any]]]
 _Index = dict[str, list[Any]]
 _TEXT = tfds.features.Text
