@@ -5,10 +5,11 @@ import itertools
 import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from trace_jax.benchmarks.measuring import report, timed
 from trace_jax.data.processor import Sequence as Tokens
@@ -18,6 +19,23 @@ from trace_jax.retrieval import program
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.training import convert
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is measured."""
+
+    run: str = "runs/quickstart"
+    """The folder of a trained run."""
+    root: str = "data"
+    """Where its release is."""
+    turns: int = 3
+    """Of each measurement; the median counts."""
+    json: pathlib.Path | None = None
+    """Where to write the figures."""
+
+
+Flat = Annotated[Options, tyro.conf.arg(name="")]  # on the command line without a prefix
 
 
 def _test_queries(retriever: Retriever, count: int) -> tuple[list[Query], np.ndarray]:
@@ -36,26 +54,17 @@ def _variant(retriever: Retriever, **options: Any) -> Retriever:
     return retriever.configured(dataclasses.replace(retriever.config, evaluation=changed))
 
 
-def engine(
-    run: str = "runs/quickstart",
-    root: str = "data",
-    count: int = 256,
-    turns: int = 3,
-    json: pathlib.Path | None = None,
-) -> None:
+def engine(options: Flat = Options(), count: int = 256) -> None:
     """What reasoning costs: adaptive beside direct, and a mixed batch beside the ideal.
 
     The ideal for a mixed batch is the time of direct for the queries that do not reason, and of decoding the others
     alone, in the best of several batch sizes.
 
     Args:
-        run: the folder of a trained run.
-        root: where its release is.
+        options: which run, and how it is measured.
         count: test queries, simple and complex.
-        turns: of each measurement; the median counts.
-        json: where to write the figures.
     """
-    retriever = _load(run, root)
+    retriever = _load(options)
     queries, is_complex = _test_queries(retriever, count)
     simple = [query for query, hard in zip(queries, is_complex, strict=True) if not hard]
     thinks = retriever.encode_query(queries, "adaptive").reasoned
@@ -70,10 +79,10 @@ def engine(
     for size in (32, 64, 128):
         alone = _variant(retriever, batch_size=size)
         contestants[f"the others, {size} at once"] = lambda alone=alone: alone.encode_query(hard, "adaptive")
-    seconds = timed(contestants, turns)
+    seconds = timed(contestants, options.turns)
     decoding = min(each for name, each in seconds.items() if name.startswith("the others"))
     ideal = seconds["direct, those that do not reason"] + decoding
-    print(f"{len(queries)} test queries, {len(simple)} simple; {len(hard)} reason. {turns} turns, medians\n")
+    print(f"{len(queries)} test queries, {len(simple)} simple; {len(hard)} reason. {options.turns} turns, medians\n")
     for name, each in seconds.items():
         print(f"{name:36}{each:8.2f} s")
     ratios = {
@@ -85,26 +94,17 @@ def engine(
     print()
     for name, ratio in ratios.items():
         print(f"{name:36}{ratio:8.3f}")
-    report({"seconds": seconds, "ratios": ratios, "queries": len(queries), "reason": len(hard)}, json)
+    report({"seconds": seconds, "ratios": ratios, "queries": len(queries), "reason": len(hard)}, options.json)
 
 
-def drafts(
-    run: str = "runs/quickstart",
-    root: str = "data",
-    count: int = 256,
-    turns: int = 3,
-    json: pathlib.Path | None = None,
-) -> None:
+def drafts(options: Flat = Options(), count: int = 256) -> None:
     """What guessing tokens is worth, for one query at a time, a few, and many.
 
     Args:
-        run: the folder of a trained run.
-        root: where its release is.
+        options: which run, and how it is measured.
         count: test queries, simple and complex; those that reason are taken.
-        turns: of each measurement; the median counts.
-        json: where to write the figures.
     """
-    retriever = _load(run, root)
+    retriever = _load(options)
     queries, _ = _test_queries(retriever, count)
     thinks = retriever.encode_query(queries, "adaptive").reasoned
     hard = [query for query, long in zip(queries, thinks, strict=True) if long]
@@ -118,44 +118,35 @@ def drafts(
                 guess.encode_query(taken[first : first + size], "adaptive")
 
         runs = {str(number): lambda guess=guess, encode=encode: encode(guess) for number, guess in guessing.items()}
-        seconds = timed(runs, turns)
+        seconds = timed(runs, options.turns)
         for number, guess in guessing.items():
             rate, work = len(taken) / seconds[str(number)], guess.work
             accepted = (work.tokens / work.useful - 1) / number if number else 0.0
             gain = seconds["0"] / seconds[str(number)]
             figures.append({"at_once": size, "drafts": number, "queries_per_second": rate, "accepted": accepted})
             print(f"{size:4} at once, {number} drafts:{rate:8.1f} queries/s{accepted:6.0%} accepted, {gain:.2f} times")
-    report({"drafts": figures, "reason": len(hard)}, json)
+    report({"drafts": figures, "reason": len(hard)}, options.json)
 
 
-def _load(run: str, root: str) -> Retriever:
-    """The retriever of a run, with its release in `root`."""
+def _load(options: Options) -> Retriever:
+    """The retriever of a run, with its release in its place."""
     program.prepare_logging()
-    loaded = Retriever.load(run)
-    data = dataclasses.replace(loaded.config.data, root=root)
+    loaded = Retriever.load(options.run)
+    data = dataclasses.replace(loaded.config.data, root=options.root)
     return loaded.configured(dataclasses.replace(loaded.config, data=data))
 
 
-def transformers(
-    run: str = "runs/quickstart",
-    root: str = "data",
-    count: int = 128,
-    turns: int = 3,
-    json: pathlib.Path | None = None,
-) -> None:
+def transformers(options: Flat = Options(), count: int = 128) -> None:
     """The engine beside transformers: same weights, prompts and processors, and the same tokens out.
 
     Ours is timed from text and image files; transformers is given prepared tensors, sorted by length, in the best of
     several batch sizes.
 
     Args:
-        run: the folder of a trained run, exported for the purpose.
-        root: where its release is.
+        options: which run, and how it is measured.
         count: test queries; those that the release calls complex must always reason, all are embedded directly.
-        turns: of each measurement; the median counts.
-        json: where to write the figures.
     """
-    retriever = _load(run, root)
+    retriever = _load(options)
     queries, is_complex = _test_queries(retriever, count)
     hard = [query for query, deep in zip(queries, is_complex, strict=True) if deep]
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +162,7 @@ def transformers(
         contestants[f"direct, transformers, {size} at once"] = lambda batches=direct: theirs.embed(batches)
         contestants[f"always, transformers, {size} at once"] = lambda batches=always: theirs.write(batches)
     outputs = {name: contestant() for name, contestant in contestants.items()}
-    seconds = timed(contestants, turns)
+    seconds = timed(contestants, options.turns)
     for name, each in seconds.items():
         print(f"{name:36}{each:8.2f} s")
     written = outputs["always, trace_jax"]
@@ -185,7 +176,7 @@ def transformers(
         f"\n{len(hard)} traces, {same:.1%} the same; embeddings of {len(queries)} queries differ by at most {off:.1e}"
     )
     print("; ".join(f"{kind}: {ratio:.2f} times transformers" for kind, ratio in ratios.items()))
-    report({"seconds": seconds, "ratios": ratios, "same_traces": same, "largest_difference": float(off)}, json)
+    report({"seconds": seconds, "ratios": ratios, "same_traces": same, "largest_difference": float(off)}, options.json)
 
 
 class _Transformers:
