@@ -90,10 +90,8 @@ class Linear(nnx.Module):
         if self.lora_a is None or self.lora_b is None:
             return
         kernel = self.kernel[...]
-        add = jax.jit(
-            lambda *parts: with_adapter(*parts, self.scale).astype(kernel.dtype), out_shardings=kernel.sharding
-        )
-        self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...])
+        add = jax.jit(with_adapter, out_shardings=kernel.sharding)
+        self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...], self.scale).astype(kernel.dtype)
         self.lora_a = self.lora_b = None
 
 
