@@ -3,6 +3,8 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 CONFIG ?= emoji_tiny
 RELEASE ?= emoji_small
+# Tests of one file share what they build; more processes than this need more memory than a small machine has.
+WORKERS ?= --numprocesses=auto --maxprocesses=4 --dist=loadfile
 
 # XLA:CPU allocates its temporaries anew each step: kept in the heap, on huge pages, they cost no page faults.
 export TRANSFORMERS_VERBOSITY := error
@@ -35,10 +37,10 @@ base: .venv/.installed
 	$(RUN) launch/build_base.py
 
 test: .venv/.installed-dev
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest $(WORKERS) -m "not slow"
 
 test-all: .venv/.installed-dev
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(WORKERS)
 
 check: .venv/.installed-dev
 	.venv/bin/ruff format --check .

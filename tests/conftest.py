@@ -5,6 +5,9 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# XLA:CPU sizes its pool of threads by this. Devices that wait for each other in a collective hold one each: with as few
+# threads as devices, what they wait for may find none and the program hangs.
+os.environ.setdefault("NPROC", "32")
 # Tests compile much and compute little.
 os.environ.setdefault(
     "XLA_FLAGS",
