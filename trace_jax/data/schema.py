@@ -71,6 +71,7 @@ class Example:
     document_key: int = 0
     positives: tuple[int, ...] = ()
     negatives: tuple[tuple[Document, int], ...] = ()
+    document_targets: tuple[str, ...] = ()  # as `target`, of the document and the negatives; () where none reasons
     name: str = ""  # the record that it came from, for error messages
 
 

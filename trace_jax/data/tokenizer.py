@@ -1,7 +1,8 @@
 """From queries, documents and traces to token sequences in Qwen2.5-VL's chat format.
 
 A prompt ends where the assistant's turn begins. What the model writes there is the target: the trace, then `<|emb|>`.
-`<|emb|>` itself is never read: the state that predicts it is the embedding, and nothing comes after it.
+`<|emb|>` itself is not read: the state that predicts it is the embedding, and nothing comes after it. (For an ablation,
+the paper's Table 4, `Processor.finish` adds it.)
 """
 
 import contextlib
@@ -48,6 +49,7 @@ class Processor:
     geometry: Geometry
     prompts: str
     max_text_tokens: int
+    position: str = "before"  # Data.position
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
@@ -67,7 +69,7 @@ class Processor:
                 f"{data.patch_row_length}: raise this or lower that"
             )
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
-        return cls(tokenizer, geometry, data.prompts, data.max_text_tokens)
+        return cls(tokenizer, geometry, data.prompts, data.max_text_tokens, data.position)
 
     def id_of(self, token: str) -> int:
         """The id of one special token. Raises ValueError when the tokenizer does not have it."""
@@ -151,6 +153,10 @@ class Processor:
         """The prompt of a candidate, which never reasons."""
         system = instructions.document_prompt(self.prompts, bool(document.text), document.image is not None)
         return self.chat(system, instructions.format_string(document.text), document.image, name, cut=cut)
+
+    def finish(self, sequence: Sequence) -> Sequence:
+        """A prompt, with its trace if it has one, up to the token whose state is the embedding (paper Table 4)."""
+        return append(sequence, [self.emb]) if self.position == "token" else sequence
 
 
 def append(sequence: Sequence, tokens: list[int]) -> Sequence:

@@ -77,7 +77,7 @@ class Benchmark:
     """The evaluation side of `<root>/<release>`. Raises FileNotFoundError when its records are not built."""
 
     def __init__(self, config: Config) -> None:
-        self.name = config.benchmark
+        self.name, self._most = config.benchmark, config.evaluation.queries
         self.folder = pathlib.Path(config.data.root) / self.name
         release = self.folder / "release"
         if not release.is_dir():
@@ -171,8 +171,13 @@ class Benchmark:
         )
 
     def count(self, query_set: QuerySet) -> int:
-        """The number of queries of a file, without reading them."""
-        return len(mbeir.load_queries(self.folder, query_set.stem))
+        """The number of queries of a file that are asked, without reading them."""
+        return len(self._rows(len(mbeir.load_queries(self.folder, query_set.stem))))
+
+    def _rows(self, total: int) -> Sequence[int]:
+        """Which queries of a file are asked: all, or `evaluation.queries` spread over it."""
+        asked = min(self._most or total, total)
+        return [i * total // asked for i in range(asked)]
 
     def choose(self, tasks: Sequence[str] = ("all",), splits: Sequence[str] = SPLITS) -> tuple[QuerySet, ...]:
         """The query files of some splits and tasks; a task is "it2i", "cirr" or "cirr_task7", or "all".
@@ -196,7 +201,7 @@ class Benchmark:
         encoded.
         """
         source = mbeir.load_queries(self.folder, query_set.stem)
-        records = [source[row] for row in range(len(source))]
+        records = [source[row] for row in self._rows(len(source))]
         path = self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
         qrels, judged = mbeir.load_qrels(path), mbeir.load_judged(path)
         limited = not all(all(dids.values()) for dids in judged.values())  # only then are wrong answers listed

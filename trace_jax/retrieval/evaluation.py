@@ -31,8 +31,9 @@ from trace_jax.training.train import split_model
 
 log = logging.getLogger(__name__)
 
-EvaluationMode = Mode | Literal["given"]  # "given" hands every query its true trace: the ceiling
-MODES = ("adaptive", "direct", "always", "given")
+# "given" hands every query its true trace: the ceiling. "external" puts the trace that another run wrote into its text
+# and embeds it directly: the pipeline of two models (paper Sec. 4.6).
+EvaluationMode = Mode | Literal["given", "external"]
 FASHION = ("fashion200k", "fashioniq")  # measured deeper, as UniIR does
 FASHION_KS = (20, 50)
 MEAN_PRECISION = ("circo_val",)  # measured by mAP, as CIRCO's authors do
@@ -105,11 +106,19 @@ def encode(
     if mode == "given":
         traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
         results = retriever.encode_query_with_trace(labelled.queries, traces)
+    elif mode == "external":
+        traces = _read_reasoner(config, query_set, prompt)["traces"].tolist()
+        asked = [
+            dataclasses.replace(query, text=f"{query.text} {trace}".strip())
+            for query, trace in zip(labelled.queries, traces, strict=True)
+        ]
+        results = retriever.encode_query(asked, "direct", names=labelled.qids)
+        results = dataclasses.replace(results, traces=traces, reasoned=np.array(list(map(bool, traces)), bool))
     else:
         results = retriever.encode_query(labelled.queries, mode, names=labelled.qids)
     artifacts.write_arrays(
         results_path(config, query_set, mode, prompt),
-        key=np.array(queries_key(config, retriever)),
+        key=np.array(results_key(config, retriever, query_set, mode, prompt)),
         **{field.name: np.asarray(getattr(results, field.name)) for field in dataclasses.fields(results)},
     )
     return results
@@ -119,9 +128,29 @@ def queries_key(config: Config, retriever: Retriever) -> str:
     """What encoded queries depend on: the retriever, how long a trace may be, and how it is drawn."""
     options = config.evaluation
     drawn = [options.temperature, options.samples, config.training.seed] if options.temperature else []
+    some = [options.queries] if options.queries else []
     return artifacts.key_of(
-        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn
+        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn, *some
     )
+
+
+def results_key(
+    config: Config, retriever: Retriever, query_set: QuerySet, mode: EvaluationMode, prompt: int = 0
+) -> str:
+    """What the encoded queries of a file depend on: as `queries_key`, and on another run's traces."""
+    key = queries_key(config, retriever)
+    return artifacts.key_of(key, str(_read_reasoner(config, query_set, prompt)["key"])) if mode == "external" else key
+
+
+def _read_reasoner(config: Config, query_set: QuerySet, prompt: int) -> dict[str, np.ndarray]:
+    """The queries of a file as the run `evaluation.reasoner` encoded them. Raises MissingStageError."""
+    reasoner = dataclasses.replace(config, workdir=config.evaluation.reasoner)
+    path = results_path(reasoner, query_set, config.evaluation.mode, prompt)
+    if not config.evaluation.reasoner or not path.exists():
+        raise artifacts.MissingStageError(
+            f"no traces in {path}: mode external takes those of --evaluation.reasoner; run launch/evaluate.py on it"
+        )
+    return artifacts.read_arrays(path)
 
 
 # ---- one query file --------------------------------------------------------------------------------------
@@ -313,7 +342,7 @@ def evaluate(
     config: Config,
     retriever: Retriever,
     benchmark: Benchmark,
-    modes: Sequence[Mode] = (),
+    modes: Sequence[EvaluationMode] = (),
     scope: Scope | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Measures a retriever on the query files of a release; writes `metrics_path` and the run files.
@@ -324,7 +353,7 @@ def evaluate(
     """
     scope = scope or Scope()
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
-    searcher, key = Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
+    searcher = Searcher(config, benchmark, retriever.key)
     chosen = benchmark.choose(scope.tasks, scope.splits)
     for pool in sorted({pool_of(query_set, each) for query_set in chosen for each in scope.pools}):
         searcher.index(pool)
@@ -337,6 +366,7 @@ def evaluate(
         def results_of(query_set: QuerySet, mode: EvaluationMode, labelled: Labelled, prompt: int = 0) -> Encoded:
             nonlocal encoded
             bar.set_postfix_str(f"{query_set.stem} {mode}{_asked(prompt)}", refresh=False)
+            key = results_key(config, retriever, query_set, mode, prompt)
             kept = load_results(config, query_set, mode, key, prompt)
             encoded += 0 if kept else len(labelled.qids)
             bar.update(len(labelled.qids) if mode != "given" else 0)

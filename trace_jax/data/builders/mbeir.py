@@ -35,6 +35,8 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from trace_jax.data.instructions import format_string
+
 VERSION = "1.2.0"
 QUERIES, CANDIDATES = "mbeir_queries", "mbeir_candidates"
 TRAIN_POOL = "mbeir_union_train_cand_pool"
@@ -221,6 +223,20 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
                 "answer": record.get("answer") or "",
             }
     return traces
+
+
+def load_candidate_traces(folder: Path | str, split: str) -> dict[str, Trace]:
+    """Did -> trace of the pictures that a split's text → image queries name: the first such text is the answer, the
+    others are the reasoning. What no query names is not there.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for path, own in query_files(Path(folder) / "release").values():
+        for where, record in lines(path) if own == split else ():
+            if record["task_id"] == 0:
+                for did in _dids(record, "pos_cand_list", where):
+                    texts.setdefault(did, {})[format_string(record["query_txt"])] = None
+    named = {did: list(said) for did, said in texts.items()}
+    return {did: {"complex": True, "reasoning": " ".join(said[1:]), "answer": said[0]} for did, said in named.items()}
 
 
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
