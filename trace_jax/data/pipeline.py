@@ -25,7 +25,7 @@ from trace_jax.config import Config
 from trace_jax.data import augmentation, instructions
 from trace_jax.data.builders import mbeir
 from trace_jax.data.processor import Sequence, first_fit, pack, stack_shards, unique_images
-from trace_jax.data.schema import TASKS, Batch, Document, Example, Query
+from trace_jax.data.schema import TASKS, Batch, Document, Example, Query, placed
 from trace_jax.data.tokenizer import Processor, append
 
 MEASURED_BATCHES = 8  # batches looked at to choose the static shapes
@@ -102,16 +102,17 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
 
         def document(did: str) -> Document:
             candidate = candidates[place[did]]
-            return Document(candidate["txt"], _picture(candidate["image"], seed, config, did))
+            image = candidate["image"]
+            return Document(candidate["txt"], _picture(image, seed, config, did) if image else None)
 
         did = record["pos_dids"][rng.integers(len(record["pos_dids"]))]
         candidate = candidates[place[did]]
         hard = min(config.data.hard_negatives, len(record["neg_dids"]))
         negatives = rng.choice(record["neg_dids"], hard, replace=False) if hard else ()
-        image = _picture(record["image"], seed, config, record["qid"])
+        shown = [_picture(image, seed, config, record["qid"]) for image in record["images"]]
         choices = prompts[record["dataset_id"], record["modality"], candidate["modality"]]
         return Example(
-            query=Query(record["query_txt"], image, choices[rng.integers(len(choices))]),
+            query=Query(record["query_txt"], placed(record["query_txt"], shown), choices[rng.integers(len(choices))]),
             document=document(did),
             target=trace(record, config.data.trace),
             task=record["task_id"],
@@ -150,19 +151,19 @@ def generative_examples(config: Config, split: str, seed: int) -> dict[str, grai
     images: dict[str, bytes] = {}
 
     def draw(record: dict, rng: np.random.Generator) -> Example:
-        path = record["img_path"]
+        path, seed = record["img_path"], int(rng.integers(2**32))
         if path and path not in images:
             images[path] = (release / path).read_bytes()
-        query = Query(record["prompt"], _picture(images.get(path), int(rng.integers(2**32)), config, path))
+        query = Query(record["prompt"], _picture(images[path], seed, config, path) if path else None)
         return Example(query, None, record["response"], task=-1, name=str(record["id"]))
 
     return {kind: _endless(records, seed, kind, draw) for kind, records in sorted(kinds.items())}
 
 
-def _picture(image: bytes | None, seed: int, config: Config, name: str) -> bytes | None:
+def _picture(image: bytes, seed: int, config: Config, name: str) -> bytes:
     """A training picture as the draw with this seed shows it: two pictures differently, one picture always alike."""
-    if not image or not config.data.jitter:
-        return image or None
+    if not config.data.jitter:
+        return image
     rng = np.random.default_rng((seed, zlib.crc32(image)))
     return augmentation.jitter(image, rng, config.data.jitter, name)
 

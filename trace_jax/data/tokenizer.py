@@ -19,7 +19,7 @@ from etils import epath
 from trace_jax.config import Data
 from trace_jax.data import instructions
 from trace_jax.data.processor import Geometry, Patches, Sequence, decode_image, patchify, rope_positions
-from trace_jax.data.schema import Document, Query
+from trace_jax.data.schema import MARK, Document, Query
 
 EMB = "<|emb|>"
 
@@ -111,27 +111,32 @@ class Processor:
         """Tokens of our own markup, in which special tokens are meant."""
         return tuple(self.tokenizer.encode(markup, add_special_tokens=False))
 
-    def chat(self, system: str, text: str, image: bytes | None, name: str = "", *, cut: bool = True) -> Sequence:
-        """The prompt of one user turn: the image, then the text, up to where the assistant begins.
+    def chat(
+        self, system: str, text: str, image: bytes | tuple[bytes, ...] | None, name: str = "", *, cut: bool = True
+    ) -> Sequence:
+        """The prompt of one user turn, up to where the assistant begins: the image, then the text; several images stand
+        where the text marks them (see `Query`).
 
-        `cut` shortens a text of over `max_text_tokens` tokens; otherwise it raises TextTooLongError.
+        `cut` shortens a text of over `max_text_tokens` tokens, not its images; otherwise it raises TextTooLongError.
         """
-        words = self.encode(text)
-        if len(words) > self.max_text_tokens:
-            if not cut:
-                raise TextTooLongError(
-                    f"{name or 'text'}: {len(words)} tokens; the limit is {self.max_text_tokens}"
-                    " (--data.max-text-tokens)"
-                )
-            words = words[: self.max_text_tokens]
-        images: tuple[Patches, ...] = ()
+        several = isinstance(image, tuple)
+        files = image if isinstance(image, tuple) else () if image is None else (image,)
+        pieces = [self.encode(piece) for piece in (text.split(MARK) if several else ["", text] if files else [text])]
+        length = sum(map(len, pieces))
+        if length > self.max_text_tokens and not cut:
+            raise TextTooLongError(
+                f"{name or 'text'}: {length} tokens; the limit is {self.max_text_tokens} (--data.max-text-tokens)"
+            )
+        images = tuple(self.patches(file, name) for file in files)
         tokens = list(self._format(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
-        if image is not None:
-            images = (self.patches(image, name),)
-            rows, columns = images[0].grid
-            tokens += [self.id_of("<|vision_start|>"), *[self.image_pad] * (rows * columns)]
-            tokens += [self.id_of("<|vision_end|>")]
-        tokens += words
+        room = self.max_text_tokens
+        for piece, shown in zip(pieces, (*images, None), strict=True):
+            tokens += piece[:room]
+            room -= len(piece[:room])
+            if shown is not None:
+                rows, columns = shown.grid
+                tokens += [self.id_of("<|vision_start|>"), *[self.image_pad] * (rows * columns)]
+                tokens += [self.id_of("<|vision_end|>")]
         tokens += self._format("<|im_end|>\n<|im_start|>assistant\n")
         ids = np.asarray(tokens, np.int32)
         is_visual = ids == self.image_pad

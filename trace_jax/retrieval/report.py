@@ -73,7 +73,7 @@ class Example:
     qid: str
     instruction: str
     text: str
-    image: str
+    images: list[str]
     complex: bool
     reasoned: bool
     trace: str
@@ -129,7 +129,7 @@ class Examples:
             qid=labelled.qids[query],
             instruction=asked.instruction,
             text=asked.text,
-            image=data_uri(asked.image),
+            images=[data_uri(image) for image in asked.images],
             complex=bool(labelled.complex[query]),
             reasoned=bool(self._results.reasoned[query]),
             trace=trace,

@@ -154,7 +154,9 @@ def _check_files(report: Report, complete: bool) -> None:
         require("cand_pool/local", "a release has pools, in .jsonl files")
     for _, (path, split) in mbeir.query_files(release).items():
         if split != "train":
-            require(f"qrels/{split}/{path.stem}_qrels.txt", f"the right answers of {path.name} are there")
+            qrels = f"qrels/{split}/{path.stem}_qrels.txt"
+            if (release / qrels).exists() or not mbeir.hides_answers(path):
+                require(qrels, f"the right answers of {path.name} are there")
             pool = mbeir.local_pool(release, path.stem)
             if not pool.exists():
                 require(str(pool.relative_to(release)), f"{path.name} is searched in it")
@@ -309,9 +311,14 @@ class _Check:
 
     def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:
         qrels = self.release / "qrels" / path.parent.name / f"{path.stem}_qrels.txt"
+        if not qrels.exists():
+            if len(read.named):
+                message = f"{path}, line {read.named[0, 1]}: names candidates, but there is no {qrels}; fetch it again"
+                read.row.add("malformed", message)
+            return
         row = self._row(qrels)
         try:
-            found = mbeir.load_qrels(qrels)
+            found = mbeir.load_judged(qrels)
         except ReleaseError as error:
             row.add("malformed", str(error))
             return
@@ -323,11 +330,11 @@ class _Check:
             for did in sorted(dids):
                 number = mbeir.hash_did(did)
                 if number not in anywhere:
-                    row.add("dangling ids", f"{qrels}: {did}, the answer to {qid}, is in no pool; add it to its pool")
+                    row.add("dangling ids", f"{qrels}: {did}, judged for {qid}, is in no pool; add it to its pool")
                 elif number not in here:
                     row.add("elsewhere")
-        judged = {mbeir.hash_qid(qid) for qid in found}
-        for number in sorted(asked - judged):
+        answered = {mbeir.hash_qid(qid) for qid, dids in found.items() if max(dids.values()) > 0}
+        for number in sorted(asked - answered):
             qid = f"{number // mbeir.QIDS}:{number % mbeir.QIDS}"
             row.add("dangling ids", f"{qrels}: no right answer for the query {qid} of {path.name}; add one")
 
