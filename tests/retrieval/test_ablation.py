@@ -49,10 +49,9 @@ def test_a_claim_holds_when_every_seed_says_so(differences, margin, said):
 def made_up(level: float) -> dict:
     modes = {
         mode: {"local": {"R@5": level + shift}, "local_complex": {"R@5": level + 2 * shift}, "queries_per_second": rate}
-        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0))
+        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0), ("external", 0, 16.0))
     }
     simple = {"complex_queries": 0, "modes": {mode: row | {"local_complex": {}} for mode, row in modes.items()}}
-    modes["external"] = modes["direct"]
     routing = {"complex_reasoned": 90.0, "simple_direct": 80.0}
     tasks = {"it2i": {"complex_queries": 9, "modes": modes}, "t2i": simple}
     unseen = {"emojinoto": {"t2i": simple}, "emojiedits": {"it2i": tasks["it2i"]}}
