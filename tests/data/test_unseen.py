@@ -94,8 +94,8 @@ def mtfiq(source):
 
 def ccneg(source):
     record = {"json": {"caption": "a dog"}, "sop_data": {"negative-prompt": "a cat, not a dog"}}
-    paths = [f"/workspace/datasets/cc3m/cc3m/0000{i}.jpg" for i in range(3)]
-    files(source, {}, ["cc3m/00001.jpg", "cc3m/00002.jpg"])
+    paths = [f"/workspace/datasets/cc3m/cc3m_subset_images_extracted_final/{i}.jpg" for i in range(3)]
+    files(source, {}, [f"ccneg_images/cc3m_subset_images_extracted_final/{i}.jpg" for i in (1, 2)])
     torch.save({"annotations": [record] * 3, "image_paths": paths}, source / "ccneg_preprocessed.pt")
 
 

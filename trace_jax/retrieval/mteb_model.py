@@ -8,14 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import PromptType
+from mteb.models.model_meta import ModelMeta, ScoringFunction  # pyright: ignore[reportMissingImports]
+from mteb.types import PromptType  # pyright: ignore[reportMissingImports]
 
 from trace_jax.retrieval.embedder import WINDOW, Retriever
 from trace_jax.retrieval.items import read_document
 
 if TYPE_CHECKING:
-    from mteb.abstasks.task_metadata import TaskMetadata
+    from mteb.abstasks.task_metadata import TaskMetadata  # pyright: ignore[reportMissingImports]
 
 
 class MtebModel:
