@@ -18,7 +18,7 @@ from etils import epath
 
 from trace_jax.config import Data
 from trace_jax.data import instructions
-from trace_jax.data.processor import Geometry, Patches, Sequence, decode_image, patchify, rope_positions
+from trace_jax.data.processor import Geometry, Patches, Sequence, open_image, patchify, rope_positions
 from trace_jax.data.schema import MARK, Document, Query
 
 EMB = "<|emb|>"
@@ -146,7 +146,7 @@ class Processor:
     @functools.lru_cache(maxsize=8)  # noqa: B019 (as above)
     def patches(self, image: bytes, name: str = "") -> Patches:
         """Decodes and cuts up an encoded image."""
-        return patchify(decode_image(image, name or "image"), self.geometry)
+        return patchify(open_image(image, name or "image"), self.geometry)
 
     def query(self, query: Query, name: str = "", *, cut: bool = True) -> Sequence:
         """The prompt of a query (paper, supplement Fig. 5), with its M-BEIR instruction."""

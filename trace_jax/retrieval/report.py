@@ -22,7 +22,7 @@ from PIL import Image
 
 from trace_jax.config import Config
 from trace_jax.data.builders import mbeir
-from trace_jax.data.processor import decode_image
+from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
@@ -154,7 +154,7 @@ def data_uri(image: bytes | None) -> str:
     """An encoded image, made small, as a data URI; "" for none. Raises ValueError for no image."""
     if image is None:
         return ""
-    picture = Image.fromarray(decode_image(image))
+    picture = open_image(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=88)

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from trace_jax.config import Config
-from trace_jax.data.processor import decode_image
+from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document, Query
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, did_of
@@ -49,7 +49,7 @@ def read_query(text: str, image: str | None, instruction: str) -> Query:
         if not path.is_file():
             raise ValueError(f"{image}: no such image file")
         data = path.read_bytes()
-        decode_image(data, image)
+        open_image(data, image)
     return Query(text, data, instruction)
 
 
@@ -146,7 +146,7 @@ def draw(answer: Answer) -> Image.Image:
 
 
 def _paste(page: Image.Image, image: bytes, at: tuple[int, int]) -> None:
-    picture = Image.fromarray(decode_image(image))
+    picture = open_image(image)
     scale = _TILE / max(picture.size)
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
     inset = [(_TILE - side) // 2 for side in picture.size]

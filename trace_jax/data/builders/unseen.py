@@ -256,7 +256,9 @@ def _ccneg(source: Path) -> list[File]:
         where = f"{path}, record {number} of the last {CC_NEG_TEST:,}"
         right = _item(_item(record, "json", where), "caption", where)
         wrong = _item(_item(record, "sop_data", where), "negative-prompt", where).replace(",", "")
-        queries.append(Asked((None, "ccneg_images/" + picture.rpartition("/cc3m/")[2]), [(right, None)], [(wrong, None)]))
+        queries.append(
+            Asked((None, "ccneg_images/" + picture.rpartition("/cc3m/")[2]), [(right, None)], [(wrong, None)])
+        )
     return [File("ccneg", 3, _TO_TEXT, queries, [])]
 
 
