@@ -118,7 +118,7 @@ def draw(answer: Answer) -> Image.Image:
     """The query and its trace above the results, side by side."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     left = _GAP + (_TILE + _GAP) * len(answer.query.images)
-    width = max(_GAP + len(answer.hits) * (_TILE + _GAP), left + 452)
+    width = max(_GAP + len(answer.hits) * (_TILE + _GAP), left + 604)
     columns = (width - left - _GAP) // 8
     lines = [(line, small, _SOFT) for line in textwrap.wrap(answer.query.instruction, columns)]
     lines += [(line, font, _INK) for line in textwrap.wrap(answer.query.text, int(columns * 0.85))]
