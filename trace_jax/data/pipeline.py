@@ -93,8 +93,8 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
     def trace(record: Any, which: str) -> str:
         return " ".join(record[part] for part in TRACE_PARTS[which]).strip()
 
-    reason = config.data.candidate_trace  # of pictures: other candidates learn to emit <|emb|> at once
-    traces = mbeir.load_candidate_traces(folder, split) if reason != "none" else {}
+    reason = config.data.candidate_trace
+    traces = candidate_traces(folder, split) if reason != "none" else {}
     said = {did: trace(record, reason) for did, record in traces.items()}
 
     def draw(record: dict, rng: np.random.Generator) -> Example:
@@ -128,6 +128,21 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
         rows[TASKS[task]].append(row)
     joined = _Joined(queries)
     return {name: _endless(_Rows(joined, at), seed, name, draw) for name, at in rows.items()}
+
+
+def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, mbeir.Trace]:
+    """Did -> trace of the pictures that a split's text → image queries name: the first such text is the answer, the
+    others are the reasoning. What no query names is not there, and learns to emit <|emb|> at once.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for path, own in mbeir.query_files(folder / "release").values():
+        for where, record in mbeir.lines(path) if own == split else ():
+            query = mbeir.read_query(where, record, {}, lambda relative, _: b"there" if relative else b"")
+            if TASKS.get(query["task_id"]) == "t2i":
+                for did in query["pos_dids"]:
+                    texts.setdefault(did, {})[instructions.format_string(query["query_txt"])] = None
+    named = {did: list(said) for did, said in texts.items()}
+    return {did: {"complex": True, "reasoning": " ".join(said[1:]), "answer": said[0]} for did, said in named.items()}
 
 
 def _files(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:

@@ -21,7 +21,6 @@ import difflib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import re
 import shutil
@@ -36,7 +35,6 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-from trace_jax.data.instructions import format_string
 from trace_jax.data.schema import MARK
 
 VERSION = "1.3.0"
@@ -187,9 +185,7 @@ def read_query(where: str, record: dict[str, Any], traces: dict[str, Trace], pic
     paths = record.get("query_img_path") or []
     images = [picture(path, where) for path in (paths if isinstance(paths, list) else [paths])]
     if isinstance(paths, list) and txt.count(MARK) != len(paths):
-        raise ReleaseError(
-            f"{where}: {len(paths)} pictures, and {txt.count(MARK)} times {MARK} in the text; mend either"
-        )
+        raise ReleaseError(f"{where}: {len(paths)} pictures, {txt.count(MARK)} times {MARK} in the text; mend it")
     trace = traces.get(qid, _SIMPLE)
     return {
         "qid": qid,
@@ -230,20 +226,6 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
                 "answer": record.get("answer") or "",
             }
     return traces
-
-
-def load_candidate_traces(folder: Path | str, split: str) -> dict[str, Trace]:
-    """Did -> trace of the pictures that a split's text → image queries name: the first such text is the answer, the
-    others are the reasoning. What no query names is not there.
-    """
-    texts: dict[str, dict[str, None]] = {}
-    for path, own in query_files(Path(folder) / "release").values():
-        for where, record in lines(path) if own == split else ():
-            if record["task_id"] == 0:
-                for did in _dids(record, "pos_cand_list", where):
-                    texts.setdefault(did, {})[format_string(record["query_txt"])] = None
-    named = {did: list(said) for did, said in texts.items()}
-    return {did: {"complex": True, "reasoning": " ".join(said[1:]), "answer": said[0]} for did, said in named.items()}
 
 
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
@@ -326,11 +308,6 @@ def local_pool(release: Path, stem: str) -> Path:
     folder = release / "cand_pool/local"
     own = folder / f"{stem}_cand_pool.jsonl"
     return own if own.exists() else folder / f"{stem.rpartition('_')[0]}_cand_pool.jsonl"
-
-
-def hides_answers(path: Path) -> bool:
-    """Whether a query file leaves its right answers to a server: its first query names none."""
-    return not any(record.get("pos_cand_list") for _, record in itertools.islice(lines(path), 1))
 
 
 _Examples = Iterator[tuple[int, dict[str, Any]]]
