@@ -244,7 +244,8 @@ def submit(searcher: Searcher, query_set: QuerySet, labelled: Labelled, results:
     found = searcher.search(query_set, mode, "local", labelled, results)
     path = run_file(config, query_set, mode, "local")
     if query_set.dataset == unseen.CIRCO:
-        ranked = {qid: list(map(did_of, row)) for qid, row in zip(labelled.qids, found.tolist(), strict=True)}
+        rows = zip(labelled.qids, found.tolist(), strict=True)
+        ranked = {qid: [did_of(did) for did in row if did >= 0] for qid, row in rows}
         sent = unseen.circo_submission(searcher.benchmark.folder / "release", ranked)
         path = path.with_name(f"{query_set.stem}_submission.json")
         artifacts.write_bytes(path, json.dumps(sent).encode())
