@@ -9,8 +9,8 @@ config = Suite(
     name="emoji",
     variants={
         "trace": (),
-        # Table 5; and the encoder of the two-stage pipeline (Sec. 4.6): it is given the traces of "trace", and needs room
-        # for them beside its own texts
+        # Table 5; and the encoder of the two-stage pipeline (Sec. 4.6): it is given the traces of "trace", and needs
+        # room for them beside its own texts
         "no_trace": ("--data.trace", "none", "--evaluation.reasoner", "{trace}", "--data.max-text-tokens", "112"),
         "answer_only": ("--data.trace", "answer"),
         "reasoning_only": ("--data.trace", "reasoning"),

@@ -119,7 +119,7 @@ CLAIMS = (
     ),
     _lifts(
         "detached",
-        "The losses do not conflict: kept off the embedding, L_gen helps it no more",
+        "The losses do not conflict: joint training is no worse than with L_gen kept off the embedding",
         "trained jointly (no figure), Sec. 3.3",
         -1.0,
     ),
