@@ -80,7 +80,7 @@ def test_queries(release, tmp_path):
     assert source[0] == {
         "qid": "7:1",
         "query_txt": "is blue",
-        "image": RED,
+        "images": [RED],
         "modality": "image,text",
         "src_content": "",
         "task_id": 7,
@@ -94,7 +94,7 @@ def test_queries(release, tmp_path):
     assert source[1] == {
         **source[0],
         "qid": "2:5",
-        "image": b"",
+        "images": [],
         "modality": "text",
         "task_id": 2,
         "dataset_id": 2,
