@@ -217,6 +217,8 @@ def test_what_is_left_out_makes_room_for_what_follows():
     found, scores = np.array([[4, 5, 6, 7], [4, 5, -1, -1]]), np.array([[4.0, 3.0, 2.0, 1.0]] * 2)
     ids, values = leave_out(found, scores, [frozenset({5, 4}), frozenset()], 2)
     assert ids.tolist() == [[6, 7], [4, 5]] and values.tolist() == [[2.0, 1.0], [4.0, 3.0]]
+    ids, values = leave_out(found[:1, :3], scores[:1, :3], [frozenset({5})], 3)  # the whole pool was found
+    assert ids.tolist() == [[4, 6, -1]] and values.tolist() == [[4.0, 2.0, -np.inf]]
 
 
 @pytest.mark.slow

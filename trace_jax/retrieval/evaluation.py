@@ -228,11 +228,13 @@ class Searcher:
 def leave_out(
     found: np.ndarray, scores: np.ndarray, excluded: Sequence[frozenset[int]], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first k results of each query, dids and scores [n, k], without those that are left out. At least as many more
-    must have been found: [n, k + m].
+    """The first k results of each query, dids and scores [n, <= k], without those that are left out; -1 where too few
+    others were found.
     """
-    out = [list(map(excluded[i].__contains__, row)) for i, row in enumerate(found.tolist())]
-    kept = np.argsort(np.array(out, bool).reshape(found.shape), axis=1, kind="stable")[:, :k]
+    rows = [list(map(excluded[i].__contains__, row)) for i, row in enumerate(found.tolist())]
+    out = np.array(rows, bool).reshape(found.shape)
+    found, scores = np.where(out, -1, found), np.where(out, -np.inf, scores)
+    kept = np.argsort(out, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(found, kept, axis=1), np.take_along_axis(scores, kept, axis=1)
 
 
