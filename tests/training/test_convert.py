@@ -161,7 +161,7 @@ def test_an_ablation_that_embeds_otherwise_is_not_exported(run, tmp_path):
     ablation = dataclasses.replace(run, data=dataclasses.replace(run.data, position="token"))
     with pytest.raises(ValueError, match=r"no card says how to embed with another data\.position"):
         convert.export_merged(ablation, str(tmp_path / "folder"))
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "folder").exists()
 
 
 def test_a_converted_base_serves_the_runs_of_its_source(run, tmp_path):
