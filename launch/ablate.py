@@ -1,8 +1,8 @@
 """Runs a suite of ablations: `python launch/ablate.py emoji [--seeds 0 1 2] [--variants ...]`.
 
 Every variant of configs/ablations/<suite>.py is trained, embedded, indexed and measured with every seed, one after
-another; what is done is skipped, so that the same command goes on. When all are done, docs/reproduction.md says which
-of the paper's claims hold.
+another; what is done is skipped, so that the same command goes on. When all are done, a page (of the suite emoji
+docs/reproduction.md) says which of the paper's claims hold. emoji_quick is the same suite, short.
 """
 
 import logging
@@ -14,13 +14,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trace_jax.retrieval import program
-from trace_jax.retrieval.ablation import Suite, config_of, describe, finished, load_suite, seconds_of
+from trace_jax.retrieval.ablation import Suite, config_of, describe, finished, load_suite, modes_of, seconds_of
 
 STAGES = {
     "train": (),
     "embed": (),
     "build_index": (),
-    "evaluate": ("--splits", "test", "--pools", "local", "--modes", "adaptive,direct,always"),
+    "evaluate": ("--splits", "test", "--pools", "local", "--modes"),
 }
 
 
@@ -33,7 +33,8 @@ def run(suite: Suite) -> str:
             for stage, own in STAGES.items():
                 if finished(config):
                     break
-                command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), *options, *own]
+                modes = [",".join(modes_of(variant))] if stage == "evaluate" else []
+                command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), *options, *own, *modes]
                 logging.info("%s, seed %d: %s", variant, seed, stage)
                 if subprocess.run(command, check=False).returncode:
                     raise SystemExit(f"error: this failed: {' '.join(command)}")
@@ -47,4 +48,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(__doc__)
-    (ROOT / "docs" / "reproduction.md").write_text(run(load_suite(arguments[0], arguments[1:])), "utf-8")
+    suite = load_suite(arguments[0], arguments[1:])
+    page = run(suite)
+    (ROOT / suite.page).write_text(page, "utf-8")
+    print(page)

@@ -62,6 +62,8 @@ class Data:
     same_task: int = 1  # pairs in a row that are of one task; few of a batch, or its fixed shapes stay half empty
     trace: Literal["both", "reasoning", "answer", "none"] = "both"  # what of it is a target (paper Table 5)
     closing_tag: str = ""  # written after a trace; the embedding is then read at its end (paper Table 4)
+    position: Literal["before", "token"] = "before"  # of the embedding: before <|emb|>, or that token itself
+    candidate_trace: Literal["none", "answer", "both"] = "none"  # what pictures write before <|emb|> (paper Table 6)
     max_positives: int = 8  # K
     hard_negatives: int = 0  # H: drawn for each query from its list in the release
     max_trace_tokens: int = 384
@@ -144,6 +146,8 @@ class Evaluation:
     dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    queries: int = 0  # of each file that are asked, spread over it; 0: all
+    reasoner: str = ""  # the run whose traces the mode "external" puts into the texts of the queries
     benchmark: str = ""  # the release that is searched and measured on; default data.release
     mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
 

@@ -9,19 +9,22 @@ config = Suite(
     name="emoji",
     variants={
         "trace": (),
-        "no_trace": ("--data.trace", "none"),  # Table 5
+        # Table 5; and the encoder of the two-stage pipeline (Sec. 4.6): it is given the traces of "trace", and needs
+        # room for them beside its own texts
+        "no_trace": ("--data.trace", "none", "--evaluation.reasoner", "{trace}", "--data.max-text-tokens", "112"),
         "answer_only": ("--data.trace", "answer"),
         "reasoning_only": ("--data.trace", "reasoning"),
-        "closing_tag": ("--data.closing-tag", "</think>"),  # Table 4
+        "emb_token": ("--data.position", "token"),  # Table 4
+        "closing_tag": ("--data.closing-tag", "</think>"),
+        "candidate_answer": ("--data.candidate-trace", "answer"),  # Table 6
+        "candidate_full": ("--data.candidate-trace", "both"),
+        "detached": ("--loss.detach-emission",),  # Sec. 3.3: do the losses conflict?
         "generation_0": ("--loss.generation", "0"),  # Table 8
         "generation_0.5": ("--loss.generation", "0.5"),
         "generation_2": ("--loss.generation", "2"),
-        "lora_small": (
-            "--model.lora.rank",
-            "4",
-            "--model.lora.alpha",
-            "8",
-        ),  # Table 7: an eighth of the rank, and twice
+        # Table 7: an eighth of the rank, and twice; twice alpha
+        "lora_small": ("--model.lora.rank", "4", "--model.lora.alpha", "8"),
         "lora_large": ("--model.lora.rank", "64", "--model.lora.alpha", "128"),
+        "lora_alpha": ("--model.lora.alpha", "128"),
     },
 )

@@ -124,6 +124,11 @@ BREAKS = {
         "line 1: query_modality is 'text', but task 7 asks with 'image,text'",
     ),
     "text missing": (change(CAPTIONS, 2, query_txt=None), CAPTIONS, "line 2: .* there is no text"),
+    "pictures without places": (
+        change(QUERIES, 2, query_img_path=["mbeir_images/own.jpg"] * 2),
+        QUERIES,
+        "line 2: 2 pictures, 0 times <image> in the text",
+    ),
     "answer no id": (change(QUERIES, 1, pos_cand_list=[12]), QUERIES, "line 1: 12 in pos_cand_list is no id"),
     "answer dangling": (
         change(QUERIES, 2, pos_cand_list=["7:99"]),
@@ -146,7 +151,7 @@ BREAKS = {
     "picture empty": (picture(lambda _: b""), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
     "qrels column missing": (replace(QRELS, 2, "8:6 0 8:6"), QRELS, "line 2: expected 5 columns"),
     "qrels of no query": (replace(QRELS, 2, "8:6 0 8:6 1 7\n8:77 0 8:6 1 7"), QRELS, "the query 8:77 is not in"),
-    "qrels of no candidate": (replace(QRELS, 2, "8:6 0 8:77 1 7"), QRELS, "8:77, the answer to 8:6, is in no pool"),
+    "qrels of no candidate": (replace(QRELS, 2, "8:6 0 8:77 1 7"), QRELS, "8:77, judged for 8:6, is in no pool"),
     "query without qrels": (replace(QRELS, 2, None), QRELS, "no right answer for the query 8:6"),
     "prompts missing": (
         replace(INSTRUCTIONS, 2, "text\timage\tvisualnews\t0\t\t\t\t"),
@@ -176,6 +181,16 @@ def test_each_break_is_one_error_that_names_file_and_record(release, tmp_path, n
     assert str(release / file) in report.problems[0]
     with pytest.raises(mbeir.ReleaseError, match=message):
         report.raise_for_problems()
+
+
+def test_a_file_whose_answers_a_server_keeps_names_none(release, tmp_path):
+    qrels = f"qrels/test/{pathlib.Path(QUERIES).stem}_qrels.txt"
+    remove(qrels)(release)
+    change(QUERIES, 1, pos_cand_list=[], neg_cand_list=[])(release)
+    with pytest.raises(mbeir.ReleaseError, match=f"line 2: names candidates, but there is no .*{qrels}; fetch it"):
+        check(release, tmp_path).raise_for_problems()
+    change(QUERIES, 2, pos_cand_list=[], neg_cand_list=[])(release)
+    check(release, tmp_path).raise_for_problems()
 
 
 def test_all_problems_are_listed_and_counted(release, tmp_path):

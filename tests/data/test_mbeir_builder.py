@@ -80,7 +80,7 @@ def test_queries(release, tmp_path):
     assert source[0] == {
         "qid": "7:1",
         "query_txt": "is blue",
-        "image": RED,
+        "images": [RED],
         "modality": "image,text",
         "src_content": "",
         "task_id": 7,
@@ -94,7 +94,7 @@ def test_queries(release, tmp_path):
     assert source[1] == {
         **source[0],
         "qid": "2:5",
-        "image": b"",
+        "images": [],
         "modality": "text",
         "task_id": 2,
         "dataset_id": 2,
@@ -149,7 +149,7 @@ def test_a_release_elsewhere_is_linked(release, tmp_path):
     mbeir.build(release, folder)
     assert (folder / "release").resolve() == release
     assert mbeir.load_instructions(folder)
-    assert mbeir.load_queries(folder, "train")[0]["image"] == RED
+    assert mbeir.load_queries(folder, "train")[0]["images"] == [RED]
 
 
 def test_a_failed_build_leaves_the_old_records(release, tmp_path):
@@ -219,7 +219,7 @@ def test_the_embedded_release_goes_through_the_same_door(tmp_path):
             assert record["pos_dids"] == query["pos_cand_list"]
             assert record["query_txt"] == (query["query_txt"] or "")
             name = query["query_img_path"]
-            assert record["image"] == ((tmp_path / "release" / name).read_bytes() if name else b"")
+            assert record["images"] == ([(tmp_path / "release" / name).read_bytes()] if name else [])
     train = mbeir.load_candidates(tmp_path, "train")
     queries = mbeir.load_queries(tmp_path, "train")
     assert set(train.keys) == {did for record in queries for did in record["pos_dids"] + record["neg_dids"]}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from trace_jax.data.pipeline import deal, retrieval_examples, tokenize, training_batches
+from trace_jax.data.schema import TASKS
 from trace_jax.data.tokenizer import Processor
 
 
@@ -167,3 +168,42 @@ def test_a_trace_is_what_the_configuration_wants_of_it(tiny_config, processor):
         assert text == f"{processor.decode(reasoning[name])} {processor.decode(answer[name])}".strip()
         assert tagged[name] == ([*tokens, *tag] if tokens else [])
     assert any(whole.values())
+
+
+def test_pictures_among_the_candidates_may_write_traces_too(tiny_config):
+    def items(**options):
+        config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, **options))
+        processor = Processor.from_hf(config.model.base, config.data)
+        pipeline = training_batches(config, processor, shards=1)
+        return processor, pipeline, [item for step in range(3) for item in pipeline.batch_of(step)]
+
+    processor, pipeline, found = items(candidate_trace="both", hard_negatives=1)
+    for item in found:
+        assert len(item.document_targets) == len(item.documents)
+        for document, (prompt, targets) in zip(item.documents, item.document_targets, strict=True):
+            assert [*document.tokens[prompt:].tolist(), processor.emb] == targets
+    assert all(len(item.document_targets[0][1]) > 1 for item in found if TASKS[item.example.task] == "t2i")
+    assert all(len(item.document_targets[0][1]) == 1 for item in found if TASKS[item.example.task].endswith("2t"))
+    batch = pipeline.batches[0]
+    tokens, at = batch.inputs.tokens.reshape(-1), batch.target_index[0][batch.target_weight[0] > 0]
+    told = batch.target_token[0][: len(at)]
+    assert len(told) == sum(len(targets) for item in pipeline.batch_of(0) for _, _, targets in item.supervised)
+    assert (tokens[at + 1] == told)[told != processor.emb].all()
+    assert {*tokens[batch.document_index[0]]}.isdisjoint({processor.emb})
+    _, _, short = items(candidate_trace="answer", hard_negatives=1)
+    for item, other in zip(found, short, strict=True):
+        whole, answer = (example.example.document_targets[0] for example in (item, other))
+        assert whole.endswith(answer) and bool(whole) == bool(answer)
+
+
+def test_the_embedding_may_be_of_the_closing_token_itself(tiny_config):
+    config = dataclasses.replace(tiny_config, data=dataclasses.replace(tiny_config.data, position="token"))
+    processor = Processor.from_hf(config.model.base, config.data)
+    batch = training_batches(config, processor, shards=1).batches[0]
+    usual = training_batches(tiny_config, processor, shards=1).batches[0]
+    tokens = batch.inputs.tokens.reshape(-1)
+    for index in (batch.query_index, batch.document_index):
+        assert (tokens[index[0]] == processor.emb).all()
+    np.testing.assert_array_equal(batch.target_token, usual.target_token)
+    emitted = (batch.target_token == processor.emb) & (batch.target_weight > 0)
+    np.testing.assert_array_equal(np.sort(batch.target_index[emitted]), np.sort(batch.query_index[0] - 1))

@@ -1,13 +1,22 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from trace_jax.data.schema import Document, Query
+from trace_jax.data.schema import Document, Query, placed
 from trace_jax.data.tokenizer import EMB, Processor, TextTooLongError, append
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_config):
     return Processor.from_hf(tiny_config.model.base, tiny_config.data)
+
+
+def picture(side: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (side, side), (side, 2 * side, 100)).save(out, "PNG")
+    return out.getvalue()
 
 
 def test_the_prompt_is_the_chat_template(processor):
@@ -49,6 +58,38 @@ def test_empty_queries_and_documents_are_refused():
     for kind in (Query, Document):
         with pytest.raises(ValueError, match="empty"):
             kind("  ")
+
+
+def test_several_images_stand_where_the_text_marks_them(processor):
+    files = tuple(picture(side) for side in (28, 56, 14))
+    several = processor.query(Query("First <image>then <image><image> last", files, "Find it"))
+    visual = [len(image.slots) for image in several.images]
+    assert visual == [image.grid[0] * image.grid[1] for image in several.images] and several.is_visual.sum() == sum(
+        visual
+    )
+    start, end = (processor.id_of(f"<|vision_{side}|>") for side in ("start", "end"))
+    parts, shown = [], iter(visual)
+    for piece in ("Find it. First ", "then ", "", " last."):
+        count = next(shown, 0)
+        parts += [*processor.encode(piece), *([start, *[processor.image_pad] * count, end] if count else [])]
+    tokens = several.tokens.tolist()
+    at = len(tokens) - len(parts) - len(processor._format("<|im_end|>\n<|im_start|>assistant\n"))
+    assert tokens[at : at + len(parts)] == parts
+    alone = processor.query(Query("<image>A change", files[:1]))
+    assert alone.tokens.tolist() == processor.query(Query("A change", files[0])).tokens.tolist()
+    long = processor.query(Query("word " * 500 + "<image>", files[:1]))
+    assert len(long.images) == 1 and len(long) < 200
+    with pytest.raises(TextTooLongError, match="the limit is 64"):
+        processor.query(Query("word " * 500 + "<image>", files[:1]), cut=False)
+
+
+def test_images_without_a_place_are_refused():
+    with pytest.raises(ValueError, match="2 images, and 1 times <image> in the text"):
+        Query("<image> and that", (b"a", b"b"))
+    with pytest.raises(TypeError, match="the image is a str"):
+        Query("<image>", ("a.jpg",))
+    assert placed("one <image>", [b"a"]) == (b"a",)
+    assert placed("one", [b"a"]) == b"a" and placed("<image>", []) is None
 
 
 def test_a_trace_goes_on_where_the_prompt_ends(processor):

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 import pytest
+import torch
 
 from launch import prepare_data
 from tests.data.mbeir_release import jpeg
@@ -40,6 +41,8 @@ def circo(source):
     info = {"images": [{"id": i, "file_name": f"{i:012}.jpg"} for i in range(5)]}
     query = {"id": 0, "reference_img_id": 0, "relative_caption": "is darker", "target_img_id": 2, "gt_img_ids": [2, 3]}
     texts = {f"{folder}/annotations/image_info_unlabeled2017.json": info, "annotations/val.json": [query]}
+    asked = [{"id": i, "reference_img_id": i + 1, "relative_caption": "is brighter"} for i in (0, 1)]
+    texts["annotations/test.json"] = asked
     files(source, texts, [f"{folder}/unlabeled2017/{i:012}.jpg" for i in range(5)])
 
 
@@ -71,11 +74,36 @@ def sugarcrepe(source):
     files(source, {f"{kind}.json": {"0": record, "1": record} for kind in kinds}, ["val2017/000000000001.jpg"])
 
 
+def vist(source):
+    shown = {"1": ["11", "12", "13", "14", "15"], "2": ["21", "22", "11", "22", "25"]}
+    annotations = [
+        [{"story_id": story, "text": f"Tale {photo}.", "photo_flickr_id": photo, "worker_arranged_photo_order": place}]
+        for story, photos in shown.items()
+        for place, photo in reversed(list(enumerate(photos)))
+    ]
+    names = [f"images/val/{photo}.{'png' if photo == '15' else 'jpg'}" for photo in {*shown["1"], *shown["2"]}]
+    files(source, {"sis/val.story-in-sequence.json": {"annotations": annotations}}, sorted(names))
+
+
+def mtfiq(source):
+    rounds = [["x", ["is red", ""], "A"], ["x", ["is longer", "has sleeves"], "B"]]
+    records = [{"target": ["x", "C"], "reference": rounds}, {"target": ["x", "B"], "reference": rounds[:1]}]
+    names = [f"fashioniq_images/{name}.jpg" for name in "ABCD"]
+    files(source, {"data/all.val.json": records, "image_splits/split.all.val.json": list("ABD")}, names)
+
+
+def ccneg(source):
+    record = {"json": {"caption": "a dog"}, "sop_data": {"negative-prompt": "a cat, not a dog"}}
+    paths = [f"/workspace/datasets/cc3m/cc3m_subset_images_extracted_final/{i}.jpg" for i in range(3)]
+    files(source, {}, [f"ccneg_images/cc3m_subset_images_extracted_final/{i}.jpg" for i in (1, 2)])
+    torch.save({"annotations": [record] * 3, "image_paths": paths}, source / "ccneg_preprocessed.pt")
+
+
 RELEASES = {
     "sharegpt4v": (sharegpt4v, {"sharegpt4v_task0": (2, 2), "sharegpt4v_task3": (2, 2)}),
     "urban1k": (urban1k, {"urban1k_task0": (3, 3), "urban1k_task3": (3, 3)}),
     "flickr30k": (flickr30k, {"flickr30k_task0": (10, 2), "flickr30k_task3": (2, 10)}),
-    "circo": (circo, {"circo_val_task7": (1, 5)}),
+    "circo": (circo, {"circo_task7": (1, 5)}),
     "genecis": (
         genecis,
         {
@@ -93,21 +121,26 @@ RELEASES = {
             for kind in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
         },
     ),
+    "vist": (vist, {"vist_task7": (2, 8)}),
+    "mtfiq": (mtfiq, {"mtfiq_task7": (2, 4)}),
+    "ccneg": (ccneg, {"ccneg_task3": (2, 2)}),
 }
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_each_benchmark_is_prepared_from_its_authors_files(tmp_path, name):
+def test_each_benchmark_is_prepared_from_its_authors_files(tmp_path, name, monkeypatch):
+    monkeypatch.setattr(unseen, "CC_NEG_TEST", 2)
     make, sizes = RELEASES[name]
+    split = "val" if name == "circo" else "test"
     make(tmp_path / "source")
     prepare_data.main(prepare_data.Arguments(name, str(tmp_path / "source"), data_dir=tmp_path / "data"))
     folder = tmp_path / "data" / name
     prompts = mbeir.load_instructions(folder)
     for stem, (queries, candidates) in sizes.items():
-        asked = mbeir.load_queries(folder, f"mbeir_{stem}_test")
+        asked = mbeir.load_queries(folder, f"mbeir_{stem}_{split}")
         pool = mbeir.load_candidates(folder, f"mbeir_{stem}_cand_pool")
         assert (len(asked), len(pool)) == (queries, candidates)
-        qrels = mbeir.load_qrels(folder / f"release/qrels/test/mbeir_{stem}_test_qrels.txt")
+        qrels = mbeir.load_qrels(folder / f"release/qrels/{split}/mbeir_{stem}_{split}_qrels.txt")
         assert set(qrels) == set(asked.keys)
         assert set().union(*qrels.values()) <= set(pool.keys)
         source, target = TASKS[asked.tasks[0]].split("2")
@@ -115,7 +148,9 @@ def test_each_benchmark_is_prepared_from_its_authors_files(tmp_path, name):
     assert set(unseen.SETS) == set(RELEASES)
 
 
-def test_what_is_asked_and_answered(tmp_path):
+def test_what_is_asked_and_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen, "CC_NEG_TEST", 2)
+
     def prepared(name: str) -> pathlib.Path:
         RELEASES[name][0](tmp_path / name)
         prepare_data.main(prepare_data.Arguments(name, str(tmp_path / name), data_dir=tmp_path / "data"))
@@ -132,6 +167,26 @@ def test_what_is_asked_and_answered(tmp_path):
     prompts = {prompt for found in mbeir.load_instructions(folder).values() for prompt in found}
     assert len(prompts) == 2  # focus_attribute has one of its own
     assert (tmp_path / "urban1k").exists() is False
+    folder = prepared("vist")
+    story, other = (mbeir.load_queries(folder, "mbeir_vist_task7_test")[i] for i in (0, 1))
+    assert story["query_txt"] == "Tale 11. <image> Tale 12. <image> Tale 13. <image> Tale 14. <image> Tale 15."
+    assert story["images"] == [(tmp_path / f"vist/images/val/{i}.jpg").read_bytes() for i in (11, 12, 13, 14)]
+    judged = mbeir.load_judged(folder / "release/qrels/test/mbeir_vist_task7_test_qrels.txt")
+    assert sorted(judged[story["qid"]].values()) == [-1, -1, -1, -1, 1]
+    assert sorted(judged[other["qid"]].values()) == [-1, -1, -1, 1]  # a picture that comes twice
+    folder = prepared("mtfiq")
+    asked = mbeir.load_queries(folder, "mbeir_mtfiq_task7_test")
+    assert asked[0]["query_txt"] == "<image> is red <image> is longer and has sleeves"
+    assert [len(asked[i]["images"]) for i in (0, 1)] == [2, 1]
+    folder = prepared("ccneg")
+    pool = mbeir.load_candidates(folder, "mbeir_ccneg_task3_cand_pool")
+    assert [pool[i]["txt"] for i in (0, 1)] == ["a dog", "a cat not a dog"]
+    folder = prepared("circo")
+    assert not (folder / "release/qrels/test").exists()  # the server has the answers
+    asked = mbeir.load_queries(folder, "mbeir_circo_task7_test").keys
+    pool = mbeir.load_candidates(folder, "mbeir_circo_task7_cand_pool").keys
+    sent = unseen.circo_submission(folder / "release", {asked[1]: pool[:2], asked[0]: pool[:3]})
+    assert sent == {"1": [0, 1], "0": [0, 1, 2]}
     folder = prepared("urban1k")
     assert mbeir.load_queries(folder, "mbeir_urban1k_task0_test")[2]["query_txt"] == "Street 10."
 
@@ -147,6 +202,12 @@ def test_what_is_asked_and_answered(tmp_path):
             '[{"id": 4, "reference_img_id": 99, "gt_img_ids": [], "relative_caption": ""}]',
             "query 4: the picture 99 is not in",
         ),
+        ("circo", "annotations/test.json", None, "test.json is missing"),
+        ("vist", "sis/val.story-in-sequence.json", '{"annotations": [[]]}', "annotation 0: the field 'story_id'"),
+        ("vist", "images/val/15.png", None, r"the picture 'images/val/15\.jpg' is not under"),
+        ("mtfiq", "data/all.val.json", '[{"target": ["C"], "reference": []}]', r"record 0: expected target \[_, pic"),
+        ("ccneg", "ccneg_preprocessed.pt", "no file of torch", "torch cannot read it"),
+        ("ccneg", "ccneg_preprocessed.pt", None, "ccneg_preprocessed.pt is missing"),
         ("flickr30k", "flickr_text.json", '["one"]', "1 captions; five to a picture"),
         ("sugarcrepe", "add_obj.json", "{", "add_obj.json: not valid JSON"),
         ("sharegpt4v", "datas_for_validation.json", '[{"caption": "x"}]', "record 1: the field 'image_name'"),

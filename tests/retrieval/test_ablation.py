@@ -9,7 +9,7 @@ from launch import ablate
 from tests.programs import flags
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.ablation import CLAIMS, Suite, config_of, describe, finished, load_suite, verdict
+from trace_jax.retrieval.ablation import CLAIMS, Suite, config_of, describe, finished, load_suite, modes_of, verdict
 from trace_jax.retrieval.evaluation import config_hash, metrics_path
 
 
@@ -19,9 +19,16 @@ def test_every_variant_of_the_emoji_suite_is_a_configuration_of_its_own():
     assert len({config_hash(config) for config in found.values()}) == len(found)
     assert {config.training.seed for config in found.values()} == {1}
     assert {config.name for config in found.values()} == {suite.base}
+    assert next(iter(suite.variants)) == "trace"  # others read what it wrote
+    assert found["no_trace"].evaluation.reasoner == found["trace"].workdir == "runs/ablations/emoji/trace_1"
+    assert modes_of("no_trace") == ["adaptive", "external"] and modes_of("detached") == ["adaptive"]
+    assert modes_of("trace") == ["adaptive", "always", "direct"]
     for claim in CLAIMS:
         assert {claim.better.variant, claim.worse.variant} <= set(suite.variants)
     assert load_suite("emoji", ["--seeds", "5"]).seeds == (5,)
+    quick = load_suite("emoji_quick", [])
+    assert quick.variants == suite.variants and quick.page != suite.page
+    assert config_of(quick, "trace", 0)[0].training.steps < found["trace"].training.steps
     with pytest.raises(SystemExit, match="Did you mean 'emoji'"):
         load_suite("emojy", [])
 
@@ -42,12 +49,13 @@ def test_a_claim_holds_when_every_seed_says_so(differences, margin, said):
 def made_up(level: float) -> dict:
     modes = {
         mode: {"local": {"R@5": level + shift}, "local_complex": {"R@5": level + 2 * shift}, "queries_per_second": rate}
-        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0))
+        for mode, shift, rate in (("adaptive", 2, 8.0), ("direct", 0, 16.0), ("always", -3, 4.0), ("external", 0, 16.0))
     }
     simple = {"complex_queries": 0, "modes": {mode: row | {"local_complex": {}} for mode, row in modes.items()}}
     routing = {"complex_reasoned": 90.0, "simple_direct": 80.0}
     tasks = {"it2i": {"complex_queries": 9, "modes": modes}, "t2i": simple}
-    return {"mode": "adaptive", "release": "made up", "tasks": tasks, "routing": routing}
+    unseen = {"emojinoto": {"t2i": simple}, "emojiedits": {"it2i": tasks["it2i"]}}
+    return {"mode": "adaptive", "release": "made up", "tasks": tasks, "unseen": unseen, "routing": routing}
 
 
 def test_the_page_compares_seed_by_seed():
@@ -58,6 +66,9 @@ def test_the_page_compares_seed_by_seed():
     assert lifted[3:6] == ["59.0 ± 7.1", "55.0 ± 7.1", "holds"]  # complex: 54 and 64 against 50 and 60
     assert next(row for row in rows if row[1].startswith("Training with traces"))[5] == "cannot be told"
     assert next(row for row in rows if row[1].startswith("Reasoning about every"))[5] == "holds"
+    assert next(row for row in rows if row[1].startswith("Routing is"))[3:6] == ["90.0 ± 0.0", "20.0 ± 0.0", "holds"]
+    drawn = next(row for row in rows if "a style of drawing" in row[1])
+    assert drawn[3:6] == ["57.0 ± 7.1", "52.5 ± 14.8", "cannot be told"]
     assert "| always | 49.0 ± 7.1 | 52.0 ± 7.1 | 4.0 ± 0.0 |" in page  # complex, simple, queries per second
     assert "1.5 hours" in page and "`--data.trace none`" in page
 
@@ -96,9 +107,17 @@ def test_a_suite_is_trained_and_measured(tiny_config: Config, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     options = flags(dataclasses.replace(tiny_config, workdir=""))
     suite = Suite(
-        "tiny", options=tuple(options), seeds=(0,), variants={"trace": (), "no_trace": ("--data.trace", "none")}
+        "tiny",
+        options=tuple(options),
+        seeds=(0,),
+        variants={
+            "trace": (),
+            "no_trace": ("--data.trace", "none", "--evaluation.reasoner", "{trace}"),
+            "emb_token": ("--data.position", "token"),
+            "candidate_full": ("--data.candidate-trace", "both"),
+        },
     )
     page = ablate.run(suite)
-    assert "Training with traces beats training without" in page
+    assert "Training with traces beats training without" in page and "One model beats two" in page
     before = finished(config_of(suite, "trace", 0)[0])
     assert ablate.run(suite) == page and finished(config_of(suite, "trace", 0)[0]) == before

@@ -11,7 +11,7 @@ from PIL import Image
 from trace_jax import sharding
 from trace_jax.config import Mesh, to_json
 from trace_jax.data.schema import Document, Query
-from trace_jax.data.tokenizer import TextTooLongError
+from trace_jax.data.tokenizer import Processor, TextTooLongError, append
 from trace_jax.retrieval import pools
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.embedder import Retriever
@@ -72,6 +72,37 @@ def test_direct_queries_are_read_like_documents(retriever, queries):
     np.testing.assert_allclose(direct.embeddings, given, atol=2e-5)
     traced = retriever.encode_query_with_trace(queries, ["a red square."] * len(queries)).embeddings
     assert (np.abs(traced - given).max(axis=1) > 1e-3).all()
+
+
+def changed(retriever: Retriever, **data) -> Retriever:
+    """The same model under other options of the data."""
+    config = dataclasses.replace(retriever.config, data=dataclasses.replace(retriever.config.data, **data))
+    processor = Processor.from_hf(config.model.base, config.data)
+    return Retriever(retriever.model, processor, config, retriever.mesh, step=0, identity=retriever.identity)
+
+
+def test_the_embedding_may_be_the_state_of_emb_itself(retriever, queries, documents):
+    other = changed(retriever, position="token")
+    assert other.key != retriever.key
+    sequence = append(other.processor.document(documents[0]), [other.processor.emb])
+    inputs = other._one_a_row([sequence], 1)
+    state = np.asarray(retriever.model(inputs))[0, 0, len(sequence) - 1]
+    found = other.encode_document(documents[:3]).embeddings
+    np.testing.assert_allclose(found[0], state / np.linalg.norm(state), atol=2e-5)
+    direct = other.encode_query(queries, "direct")
+    given = other.encode_query_with_trace(queries, [""] * len(queries)).embeddings
+    np.testing.assert_allclose(direct.embeddings, given, atol=2e-5)
+    always, before = other.encode_query(queries[:3], "always"), retriever.encode_query(queries[:3], "always")
+    assert always.traces == before.traces
+    assert (np.abs(always.embeddings - before.embeddings).max(axis=1) > 1e-3).all()
+
+
+def test_candidates_that_were_trained_to_may_reason(retriever, documents):
+    other = changed(retriever, candidate_trace="answer")
+    assert other.key != retriever.key
+    found = other.encode_document(documents[:5])
+    assert found.reasoned.any() and not retriever.encode_document(documents[:5]).reasoned.any()
+    np.testing.assert_allclose(np.linalg.norm(found.embeddings, axis=1), 1, atol=1e-5)
 
 
 def test_always_reasons_within_the_limit(retriever, queries):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from trace_jax.data.builders import mbeir
 from trace_jax.data.schema import TASKS
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.artifacts import MissingStageError
-from trace_jax.retrieval.benchmark import did_of
+from trace_jax.retrieval.benchmark import Benchmark, did_of
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.evaluation import (
+    Scope,
     evaluate,
     hits_at,
     is_right,
@@ -19,6 +21,7 @@ from trace_jax.retrieval.evaluation import (
     merge,
     queries_key,
     recalls,
+    results_key,
     run_file,
 )
 from trace_jax.retrieval.index import exact_search
@@ -91,6 +94,38 @@ def test_every_query_gets_the_first_instruction_of_its_task(benchmark_):
 
 
 # ---- a whole run ---------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_is_given_the_traces_of_another_run(evaluated, benchmark_, retriever, tmp_path):
+    written, _ = evaluated
+    shutil.copytree(written.run_dir, tmp_path / "run")
+    reads = dataclasses.replace(written.evaluation, reasoner=written.run_dir)
+    config = dataclasses.replace(written, workdir=str(tmp_path / "run"), evaluation=reads)
+    scope = Scope(("it2i",), ("test",), ("local",))
+    metrics, encoded = evaluate(config, retriever, benchmark_, ("external",), scope)
+    chosen = benchmark_.choose(scope.tasks, scope.splits)
+    assert encoded == sum(map(benchmark_.count, chosen))  # all else was there
+    query_set, key = chosen[0], queries_key(written, retriever)
+    labelled, traces = benchmark_.load(query_set), load_results(written, query_set, "adaptive", key).traces
+    kept = load_results(config, query_set, "external", results_key(config, retriever, query_set, "external"))
+    assert kept.traces == traces and kept.reasoned.tolist() == [bool(trace) for trace in traces]
+    texts = [f"{query.text} {trace}".strip() for query, trace in zip(labelled.queries, traces, strict=True)]
+    asked = [dataclasses.replace(query, text=text) for query, text in zip(labelled.queries, texts, strict=True)]
+    np.testing.assert_allclose(kept.embeddings, retriever.encode_query(asked, "direct").embeddings, atol=2e-5)
+    assert "external" in metrics["tasks"]["it2i"]["modes"]
+    lost = dataclasses.replace(config, evaluation=dataclasses.replace(reads, reasoner=str(tmp_path / "none")))
+    with pytest.raises(MissingStageError, match=r"run launch/evaluate\.py on it"):
+        evaluate(lost, retriever, benchmark_, ("external",), scope)
+
+
+def test_some_queries_can_be_asked_alone(tiny_config, benchmark_, retriever):
+    few = dataclasses.replace(tiny_config, evaluation=dataclasses.replace(tiny_config.evaluation, queries=3))
+    some = Benchmark(few)
+    query_set = some.choose(("it2i",), ("test",))[0]
+    whole, part = benchmark_.load(query_set).qids, some.load(query_set).qids
+    assert some.count(query_set) == 3 and part == [whole[i * len(whole) // 3] for i in range(3)]
+    assert queries_key(few, retriever) != queries_key(tiny_config, retriever)
+    assert len(some.candidates) == len(benchmark_.candidates)
 
 
 def test_metrics_hold_what_is_promised(evaluated):

@@ -1,14 +1,16 @@
 """M-BEIR's exact layout, in miniature, all the way: check, build, train, embed, index, evaluate, the paper's table."""
 
 import dataclasses
+import json
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from launch import prepare_data
 from tests.data.mbeir_release import write_release
-from tests.data.test_unseen import genecis
+from tests.data.test_unseen import circo, genecis, vist
 from tests.test_end_to_end import figures
 from trace_jax import sharding
 from trace_jax.config import Config, Mesh
@@ -18,7 +20,7 @@ from trace_jax.data.tokenizer import Processor
 from trace_jax.retrieval import evaluation
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
-from trace_jax.retrieval.evaluation import Scope, describe, evaluate, metrics_path, run_file
+from trace_jax.retrieval.evaluation import Scope, describe, evaluate, leave_out, metrics_path, run_file
 from trace_jax.retrieval.index import build_indexes
 from trace_jax.retrieval.pools import embed_candidates
 from trace_jax.retrieval.program import arguments
@@ -151,16 +153,21 @@ def test_a_benchmark_other_than_the_runs_own_release_has_metrics_of_its_own(prep
         arguments(["emoji_tiny", "--pools", "locale"], None)
 
 
-def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path):
-    genecis(tmp_path / "source")
-    prepare_data.main(prepare_data.Arguments("genecis", str(tmp_path / "source"), data_dir=tmp_path / "data"))
-    data = dataclasses.replace(prepared.data, root=str(tmp_path / "data"))
-    searched = dataclasses.replace(prepared.evaluation, benchmark="genecis")
-    config = dataclasses.replace(prepared, data=data, evaluation=searched, workdir=str(tmp_path / "run"))
+def searched(prepared, retriever, folder, name: str, make) -> tuple[Config, Benchmark, dict]:
+    """An unseen benchmark from its authors' files, prepared, embedded and measured."""
+    make(folder / "source")
+    prepare_data.main(prepare_data.Arguments(name, str(folder / "source"), data_dir=folder / "data"))
+    data = dataclasses.replace(prepared.data, root=str(folder / "data"))
+    options = dataclasses.replace(prepared.evaluation, benchmark=name)
+    config = dataclasses.replace(prepared, data=data, evaluation=options, workdir=str(folder / "run"))
     benchmark = Benchmark(config)
     embed_candidates(config, retriever, benchmark)
     build_indexes(config, benchmark)
-    metrics, _ = evaluate(config, retriever, benchmark)
+    return config, benchmark, evaluate(config, retriever, benchmark)[0]
+
+
+def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path):
+    config, benchmark, metrics = searched(prepared, retriever, tmp_path, "genecis", genecis)
     assert not metrics["tasks"] and set(metrics["unseen"]) == {query_set.dataset for query_set in benchmark.query_sets}
     for query_set in benchmark.query_sets:
         labelled, entry = benchmark.load(query_set), metrics["files"][query_set.stem]
@@ -173,6 +180,45 @@ def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepare
         assert entry["local"]["R@1"] == round(100 * sum(firsts) / len(firsts), 2) and entry["local"]["R@5"] == 100
     assert "VIST" in write_report(config, benchmark).read_text()
     assert metrics_path(config).name == "metrics_genecis.json"
+
+
+def test_a_server_that_keeps_the_answers_is_sent_a_file(prepared, retriever, tmp_path):
+    config, benchmark, metrics = searched(prepared, retriever, tmp_path, "circo", circo)
+    (submission,) = metrics["submissions"].values()
+    sent = json.loads(epath.Path(submission).read_text())
+    assert set(sent) == {"0", "1"} and all(sorted(pictures) == list(range(5)) for pictures in sent.values())
+    query_set = benchmark.choose(("circo",), ("test",))[0]
+    first = run_file(config, query_set, "adaptive", "local").read_text().splitlines()[0].split()
+    numbers = {did: n for n, did in enumerate(benchmark.source(query_set.pool).keys)}
+    assert sent["0"][0] == numbers[first[2]]
+    assert set(metrics["files"]) == {"mbeir_circo_task7_val"}  # nothing is said of what nobody here can judge
+    assert metrics["files"]["mbeir_circo_task7_val"]["ranking"]["local"]["mAP@5"] > 0
+    assert "CIRCO" in write_report(config, benchmark).read_text()
+    assert len(benchmark.candidates) == 5  # both splits search one pool
+
+
+def test_a_storys_own_pictures_are_no_answers(prepared, retriever, tmp_path):
+    config, benchmark, metrics = searched(prepared, retriever, tmp_path, "vist", vist)
+    query_set = benchmark.query_sets[0]
+    labelled, found = benchmark.load(query_set), {}
+    for line in run_file(config, query_set, "adaptive", "local").read_text().splitlines():
+        qid, _, did, *_ = line.split()
+        found.setdefault(qid, []).append(mbeir.hash_did(did))
+    everything = set(benchmark.ids(query_set.pool).tolist())
+    assert [len(query.images) for query in labelled.queries] == [4, 4]
+    for qid, out in zip(labelled.qids, labelled.excluded, strict=True):
+        assert len(out) in (3, 4) and set(found[qid]) == everything - out
+    assert metrics["files"]["mbeir_vist_task7_test"]["local"]["R@5"] == 100
+    page = write_report(config, benchmark).read_text()
+    assert page.count("a picture of the query") >= 4
+
+
+def test_what_is_left_out_makes_room_for_what_follows():
+    found, scores = np.array([[4, 5, 6, 7], [4, 5, -1, -1]]), np.array([[4.0, 3.0, 2.0, 1.0]] * 2)
+    ids, values = leave_out(found, scores, [frozenset({5, 4}), frozenset()], 2)
+    assert ids.tolist() == [[6, 7], [4, 5]] and values.tolist() == [[2.0, 1.0], [4.0, 3.0]]
+    ids, values = leave_out(found[:1, :3], scores[:1, :3], [frozenset({5})], 3)  # the whole pool was found
+    assert ids.tolist() == [[4, 6, -1]] and values.tolist() == [[4.0, 2.0, -np.inf]]
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import re
 
@@ -81,6 +82,8 @@ def test_a_search_finds_and_draws(evaluated, benchmark_, retriever, monkeypatch)
     scores = [hit.score for hit in answer.hits]
     assert scores == sorted(scores, reverse=True)
     assert draw(answer).width > 600
+    several = dataclasses.replace(answer, query=Query("<image> then <image> and <image>", (image,) * 3))
+    assert draw(several).width > draw(answer).width
     text_only = search(config, Query("a cat"), pool="t2t", top=2, mode="direct")
     assert text_only.trace == ""
     assert draw(text_only).height > 100

@@ -61,8 +61,8 @@ def test_unseen_benchmarks_of_one_checkpoint_fill_one_table(tmp_path):
     }
     for name, metrics in others.items():
         artifacts.write_json(epath.Path(tmp_path) / name, metrics)
-    circo = metrics_with({"mbeir_circo_val_task7_test": {"R@5": 30.0}}, "circo")
-    circo["files"]["mbeir_circo_val_task7_test"]["ranking"] = {"local": {"mAP@5": 7.0}}
+    circo = metrics_with({"mbeir_circo_task7_val": {"R@5": 30.0}}, "circo")
+    circo["files"]["mbeir_circo_task7_val"]["ranking"] = {"local": {"mAP@5": 7.0}}
     (made,) = write_tables(config, circo)
     ours = dict(zip(made.columns, made.rows[-1].values, strict=True))
     assert {name: value for name, value in ours.items() if value is not None} == {"GeneCIS": 1.5, "CIRCO": 7.0}

@@ -157,6 +157,13 @@ def test_what_an_adapter_cannot_hold_is_refused(run, tmp_path):
         convert.import_adapter(dataclasses.replace(run, model=full), str(tmp_path))
 
 
+def test_an_ablation_that_embeds_otherwise_is_not_exported(run, tmp_path):
+    ablation = dataclasses.replace(run, data=dataclasses.replace(run.data, position="token"))
+    with pytest.raises(ValueError, match=r"no card says how to embed with another data\.position"):
+        convert.export_merged(ablation, str(tmp_path / "folder"))
+    assert not (tmp_path / "folder").exists()
+
+
 def test_a_converted_base_serves_the_runs_of_its_source(run, tmp_path):
     base = tmp_path / "base"
     convert.convert_base(run.model.base, str(base), sharding.make_mesh(Mesh(data=1, fsdp=8)), "float32")

@@ -25,7 +25,7 @@ from trace_jax.config import Config
 from trace_jax.data import augmentation, instructions
 from trace_jax.data.builders import mbeir
 from trace_jax.data.processor import Sequence, first_fit, pack, stack_shards, unique_images
-from trace_jax.data.schema import TASKS, Batch, Document, Example, Query
+from trace_jax.data.schema import TASKS, Batch, Document, Example, Query, placed
 from trace_jax.data.tokenizer import Processor, append
 
 MEASURED_BATCHES = 8  # batches looked at to choose the static shapes
@@ -52,6 +52,8 @@ class Tokenized:
     prompt: int  # tokens of the query before the trace
     targets: list[int]  # what the states from the prompt's last token on shall predict; empty: not supervised
     documents: list[Sequence]  # the answer, then hard negatives; none in the generative pretraining
+    # `prompt` and `targets` of each document, where candidates reason too (paper Table 6)
+    document_targets: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def tokens(self) -> int:
@@ -68,6 +70,12 @@ class Tokenized:
         """The query, then the documents."""
         return [self.query, *self.documents]
 
+    @property
+    def supervised(self) -> list[tuple[int, int, list[int]]]:
+        """What is learned to be written: (number of the sequence, tokens of its prompt, targets)."""
+        documents = ((number, *each) for number, each in enumerate(self.document_targets, start=1))
+        return [(0, self.prompt, self.targets), *documents]
+
 
 def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain.MapDataset]:
     """The pairs of each task of a release in M-BEIR's layout, shuffled and repeated without end.
@@ -82,27 +90,36 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
     place = {did: row for row, did in enumerate(candidates.keys)}
     prompts = mbeir.load_instructions(folder)
 
+    def trace(record: Any, which: str) -> str:
+        return " ".join(record[part] for part in TRACE_PARTS[which]).strip()
+
+    reason = config.data.candidate_trace
+    traces = candidate_traces(folder, split) if reason != "none" else {}
+    said = {did: trace(record, reason) for did, record in traces.items()}
+
     def draw(record: dict, rng: np.random.Generator) -> Example:
         seed = int(rng.integers(2**32))
 
         def document(did: str) -> Document:
             candidate = candidates[place[did]]
-            return Document(candidate["txt"], _picture(candidate["image"], seed, config, did))
+            image = candidate["image"]
+            return Document(candidate["txt"], _picture(image, seed, config, did) if image else None)
 
         did = record["pos_dids"][rng.integers(len(record["pos_dids"]))]
         candidate = candidates[place[did]]
         hard = min(config.data.hard_negatives, len(record["neg_dids"]))
         negatives = rng.choice(record["neg_dids"], hard, replace=False) if hard else ()
-        image = _picture(record["image"], seed, config, record["qid"])
+        shown = [_picture(image, seed, config, record["qid"]) for image in record["images"]]
         choices = prompts[record["dataset_id"], record["modality"], candidate["modality"]]
         return Example(
-            query=Query(record["query_txt"], image, choices[rng.integers(len(choices))]),
+            query=Query(record["query_txt"], placed(record["query_txt"], shown), choices[rng.integers(len(choices))]),
             document=document(did),
-            target=" ".join(record[part] for part in TRACE_PARTS[config.data.trace]).strip(),
+            target=trace(record, config.data.trace),
             task=record["task_id"],
             document_key=mbeir.hash_did(did),
             positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
             negatives=tuple((document(str(negative)), mbeir.hash_did(negative)) for negative in negatives),
+            document_targets=tuple(said.get(str(each), "") for each in (did, *negatives)) if said else (),
             name=record["qid"],
         )
 
@@ -111,6 +128,21 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
         rows[TASKS[task]].append(row)
     joined = _Joined(queries)
     return {name: _endless(_Rows(joined, at), seed, name, draw) for name, at in rows.items()}
+
+
+def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, mbeir.Trace]:
+    """Did -> trace of the pictures that a split's text → image queries name: the first such text is the answer, the
+    others are the reasoning. What no query names is not there, and learns to emit <|emb|> at once.
+    """
+    texts: dict[str, dict[str, None]] = {}
+    for path, own in mbeir.query_files(folder / "release").values():
+        for where, record in mbeir.lines(path) if own == split else ():
+            query = mbeir.read_query(where, record, {}, lambda relative, _: b"there" if relative else b"")
+            if TASKS.get(query["task_id"]) == "t2i":
+                for did in query["pos_dids"]:
+                    texts.setdefault(did, {})[instructions.format_string(query["query_txt"])] = None
+    named = {did: list(said) for did, said in texts.items()}
+    return {did: {"complex": True, "reasoning": " ".join(said[1:]), "answer": said[0]} for did, said in named.items()}
 
 
 def _files(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:
@@ -134,19 +166,19 @@ def generative_examples(config: Config, split: str, seed: int) -> dict[str, grai
     images: dict[str, bytes] = {}
 
     def draw(record: dict, rng: np.random.Generator) -> Example:
-        path = record["img_path"]
+        path, seed = record["img_path"], int(rng.integers(2**32))
         if path and path not in images:
             images[path] = (release / path).read_bytes()
-        query = Query(record["prompt"], _picture(images.get(path), int(rng.integers(2**32)), config, path))
+        query = Query(record["prompt"], _picture(images[path], seed, config, path) if path else None)
         return Example(query, None, record["response"], task=-1, name=str(record["id"]))
 
     return {kind: _endless(records, seed, kind, draw) for kind, records in sorted(kinds.items())}
 
 
-def _picture(image: bytes | None, seed: int, config: Config, name: str) -> bytes | None:
+def _picture(image: bytes, seed: int, config: Config, name: str) -> bytes:
     """A training picture as the draw with this seed shows it: two pictures differently, one picture always alike."""
-    if not image or not config.data.jitter:
-        return image or None
+    if not config.data.jitter:
+        return image
     rng = np.random.default_rng((seed, zlib.crc32(image)))
     return augmentation.jitter(image, rng, config.data.jitter, name)
 
@@ -199,10 +231,20 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
         prompt = processor.query(example.query, example.name)
         wanted = [example.document, *(negative for negative, _ in example.negatives)]
         closing, documents = processor.emb, [processor.document(each, example.name) for each in wanted]
-    trace = processor.encode(example.target)[: config.data.max_trace_tokens] if example.target else []
-    if trace and config.data.closing_tag:
-        trace = [*trace, *processor.encode(config.data.closing_tag)]
+
+    def written(target: str) -> list[int]:
+        trace = processor.encode(target)[: config.data.max_trace_tokens] if target else []
+        return [*trace, *processor.encode(config.data.closing_tag)] if trace and config.data.closing_tag else trace
+
+    trace, document_traces = written(example.target), [written(target) for target in example.document_targets]
+    document_targets = []
+    if document_traces:
+        pairs = list(zip(documents, document_traces, strict=True))
+        document_targets = [(len(document), [*each, closing]) for document, each in pairs]
+        documents = [append(document, each) for document, each in pairs]
     query = append(prompt, trace)
+    if example.document is not None:
+        query, *documents = map(processor.finish, (query, *documents))
     longest = max(map(len, (query, *documents)))
     if longest > config.data.row_length:
         raise ValueError(
@@ -210,7 +252,8 @@ def tokenize(example: Example, processor: Processor, config: Config) -> Tokenize
             "--data.max-text-tokens, --data.max-trace-tokens or --data.max-pixels"
         )
     supervised = bool(trace) or config.loss.supervise_emb
-    return Tokenized(example, query, len(prompt), [*trace, closing] if supervised else [], documents)
+    targets = [*trace, closing] if supervised else []
+    return Tokenized(example, query, len(prompt), targets, documents, document_targets)
 
 
 def pack_batch(
@@ -268,13 +311,12 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
     starts, used = iter(packed.starts), 0
     for i, item in enumerate(examples):
         places = [int(next(starts)) for _ in item.sequences]
-        if min(places) < 0 or used + len(item.targets) > targets:
+        if min(places) < 0 or used + sum(len(written) for _, _, written in item.supervised) > targets:
             continue
-        first = places[0] + item.prompt - 1
-        out["first_index"][i] = first
+        out["first_index"][i] = places[0] + item.prompt - 1
         out["query_index"][i] = places[0] + len(item.query) - 1
         out["task"][i] = item.example.task
-        out["reasoned"][i] = len(item.query) > item.prompt
+        out["reasoned"][i] = len(item.targets) > 1
         if item.documents:
             ends = [place + len(sequence) - 1 for place, sequence in zip(places, item.sequences, strict=True)]
             out["document_index"][i] = ends[1]
@@ -283,11 +325,12 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
             out["document_key"][i] = item.example.document_key
             known = item.example.positives[: data.max_positives]
             out["positives"][i, : len(known)] = known
-        at = slice(used, used + len(item.targets))
-        out["target_index"][at] = first + np.arange(len(item.targets))
-        out["target_token"][at] = item.targets
-        out["target_weight"][at] = 1
-        used += len(item.targets)
+        for number, prompt, written in item.supervised:
+            at = slice(used, used + len(written))
+            out["target_index"][at] = places[number] + prompt - 1 + np.arange(len(written))
+            out["target_token"][at] = written
+            out["target_weight"][at] = 1
+            used += len(written)
     return out
 
 
@@ -301,7 +344,7 @@ def measure_capacity(batches: Iterable[SequenceOf[Tokenized]], shards: int, conf
             images = [len(image.values) for image in unique_images(sequences)]
             rows = max(rows, 1 + max(first_fit([len(sequence) for sequence in sequences], data.row_length)))
             patch_rows = max(patch_rows, 1 + max(first_fit(images, data.patch_row_length), default=0))
-            targets = max(targets, sum(len(item.targets) for item in hand))
+            targets = max(targets, sum(len(written) for item in hand for _, _, written in item.supervised))
     chunk = config.loss.vocabulary_chunk
     return Capacity(
         pairs=data.batch_size // shards,

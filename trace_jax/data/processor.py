@@ -125,7 +125,12 @@ class Sequence:
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Decodes an image file to [height, width, 3] uint8: upright by its EXIF, transparency on white.
+    """As `open_image`, its pixels: [height, width, 3] uint8."""
+    return np.asarray(open_image(data, name))
+
+
+def open_image(data: bytes, name: str = "image") -> Image.Image:
+    """Decodes an image file, to RGB: upright by its EXIF, transparency on white.
 
     Of an animation the first frame is taken; of 16-bit samples the high byte. Raises ValueError, naming `name` and the
     mend: before any pixel is decoded, for a video, a single pixel (a placeholder), sides over 200:1, over 80 million
@@ -149,7 +154,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         raise ValueError(f"{name}: nothing says which 32-bit sample is white; save it with 8 or 16 bits a channel")
     try:
         image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
     except Exception as error:  # likewise, on broken data
         raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
 
@@ -164,7 +170,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _check_sides(height: int, width: int, name: str) -> None:
@@ -212,15 +218,16 @@ def _window_order(rows: int, columns: int, geometry: Geometry) -> tuple[np.ndarr
     return positions, windows, slots.astype(np.int32)
 
 
-def patchify(image: np.ndarray, geometry: Geometry) -> Patches:
-    """[height, width, 3] uint8 -> patches in window order."""
-    height, width = fit_size(image.shape[0], image.shape[1], geometry)
-    if (height, width) != image.shape[:2]:
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+def patchify(image: Image.Image | np.ndarray, geometry: Geometry) -> Patches:
+    """An RGB image, or its pixels [height, width, 3] uint8 -> patches in window order."""
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    height, width = fit_size(picture.height, picture.width, geometry)
+    if picture.size != (width, height):
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     size, merge = geometry.patch_size, geometry.merge_size
     rows, columns = height // size // merge, width // size // merge
     positions, windows, slots = _window_order(rows, columns, geometry)
-    grid = image.reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
+    grid = np.asarray(picture).reshape(rows * merge, size, columns * merge, size, 3).transpose(0, 2, 4, 1, 3)
     values = grid[positions[:, 0], positions[:, 1]]  # [n, channel, y, x]: the one gather
     return Patches(values.reshape(len(values), -1), positions, windows, slots, (rows, columns))
 

@@ -10,6 +10,7 @@ Shape letters, used in every docstring of the package:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +21,39 @@ Array = Any  # numpy on the host, jax.Array on the devices: one struct for both
 TASKS = {0: "t2i", 1: "t2t", 2: "t2it", 3: "i2t", 4: "i2i", 6: "it2t", 7: "it2i", 8: "it2it"}
 
 
+MARK = "<image>"
+"""Where a picture stands in the text of a query of several."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """What a user asks. `image` is an encoded file (PNG, JPEG, ...); text or image may be missing, not both."""
+    """What a user asks. `image` is an encoded file (PNG, JPEG, ...); text or image may be missing, not both.
+
+    Of several images, as a dialog or a story has them, `image` is a tuple, and the text says where each stands: it
+    holds as many times `<image>`.
+    """
 
     text: str = ""
-    image: bytes | None = None
+    image: bytes | tuple[bytes, ...] | None = None
     instruction: str = ""
 
     def __post_init__(self) -> None:
         if not self.text.strip() and self.image is None:
             raise ValueError("empty query: give it a text, an image, or both")
-        _check_image(self.image)
+        for image in self.images:
+            _check_image(image)
+        if isinstance(self.image, tuple) and f"{self.instruction}{self.text}".count(MARK) != len(self.image):
+            raise ValueError(f"{len(self.image)} images, and {self.text.count(MARK)} times {MARK} in the text")
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        """All its images."""
+        return self.image if isinstance(self.image, tuple) else (self.image,) if self.image is not None else ()
+
+
+def placed(text: str, images: Sequence[bytes]) -> bytes | tuple[bytes, ...] | None:
+    """The `image` of a query of this text: images that it marks the places of, or one that goes before it, or none."""
+    return tuple(images) if images and MARK in text else next(iter(images), None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +93,7 @@ class Example:
     document_key: int = 0
     positives: tuple[int, ...] = ()
     negatives: tuple[tuple[Document, int], ...] = ()
+    document_targets: tuple[str, ...] = ()  # as `target`, of the document and the negatives; () where none reasons
     name: str = ""  # the record that it came from, for error messages
 
 

@@ -1,7 +1,8 @@
 """From queries, documents and traces to token sequences in Qwen2.5-VL's chat format.
 
 A prompt ends where the assistant's turn begins. What the model writes there is the target: the trace, then `<|emb|>`.
-`<|emb|>` itself is never read: the state that predicts it is the embedding, and nothing comes after it.
+`<|emb|>` itself is not read: the state that predicts it is the embedding, and nothing comes after it. (For an ablation,
+the paper's Table 4, `Processor.finish` adds it.)
 """
 
 import contextlib
@@ -17,8 +18,8 @@ from etils import epath
 
 from trace_jax.config import Data
 from trace_jax.data import instructions
-from trace_jax.data.processor import Geometry, Patches, Sequence, decode_image, patchify, rope_positions
-from trace_jax.data.schema import Document, Query
+from trace_jax.data.processor import Geometry, Patches, Sequence, open_image, patchify, rope_positions
+from trace_jax.data.schema import MARK, Document, Query
 
 EMB = "<|emb|>"
 
@@ -48,6 +49,7 @@ class Processor:
     geometry: Geometry
     prompts: str
     max_text_tokens: int
+    position: str = "before"  # Data.position
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
@@ -67,7 +69,7 @@ class Processor:
                 f"{data.patch_row_length}: raise this or lower that"
             )
         tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
-        return cls(tokenizer, geometry, data.prompts, data.max_text_tokens)
+        return cls(tokenizer, geometry, data.prompts, data.max_text_tokens, data.position)
 
     def id_of(self, token: str) -> int:
         """The id of one special token. Raises ValueError when the tokenizer does not have it."""
@@ -109,27 +111,32 @@ class Processor:
         """Tokens of our own markup, in which special tokens are meant."""
         return tuple(self.tokenizer.encode(markup, add_special_tokens=False))
 
-    def chat(self, system: str, text: str, image: bytes | None, name: str = "", *, cut: bool = True) -> Sequence:
-        """The prompt of one user turn: the image, then the text, up to where the assistant begins.
+    def chat(
+        self, system: str, text: str, image: bytes | tuple[bytes, ...] | None, name: str = "", *, cut: bool = True
+    ) -> Sequence:
+        """The prompt of one user turn, up to where the assistant begins: the image, then the text; several images stand
+        where the text marks them (see `Query`).
 
-        `cut` shortens a text of over `max_text_tokens` tokens; otherwise it raises TextTooLongError.
+        `cut` shortens a text of over `max_text_tokens` tokens, not its images; otherwise it raises TextTooLongError.
         """
-        words = self.encode(text)
-        if len(words) > self.max_text_tokens:
-            if not cut:
-                raise TextTooLongError(
-                    f"{name or 'text'}: {len(words)} tokens; the limit is {self.max_text_tokens}"
-                    " (--data.max-text-tokens)"
-                )
-            words = words[: self.max_text_tokens]
-        images: tuple[Patches, ...] = ()
+        several = isinstance(image, tuple)
+        files = image if isinstance(image, tuple) else () if image is None else (image,)
+        pieces = [self.encode(piece) for piece in (text.split(MARK) if several else ["", text] if files else [text])]
+        length = sum(map(len, pieces))
+        if length > self.max_text_tokens and not cut:
+            raise TextTooLongError(
+                f"{name or 'text'}: {length} tokens; the limit is {self.max_text_tokens} (--data.max-text-tokens)"
+            )
+        images = tuple(self.patches(file, name) for file in files)
         tokens = list(self._format(f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"))
-        if image is not None:
-            images = (self.patches(image, name),)
-            rows, columns = images[0].grid
-            tokens += [self.id_of("<|vision_start|>"), *[self.image_pad] * (rows * columns)]
-            tokens += [self.id_of("<|vision_end|>")]
-        tokens += words
+        room = self.max_text_tokens
+        for piece, shown in zip(pieces, (*images, None), strict=True):
+            tokens += piece[:room]
+            room -= len(piece[:room])
+            if shown is not None:
+                rows, columns = shown.grid
+                tokens += [self.id_of("<|vision_start|>"), *[self.image_pad] * (rows * columns)]
+                tokens += [self.id_of("<|vision_end|>")]
         tokens += self._format("<|im_end|>\n<|im_start|>assistant\n")
         ids = np.asarray(tokens, np.int32)
         is_visual = ids == self.image_pad
@@ -139,7 +146,7 @@ class Processor:
     @functools.lru_cache(maxsize=8)  # noqa: B019 (as above)
     def patches(self, image: bytes, name: str = "") -> Patches:
         """Decodes and cuts up an encoded image."""
-        return patchify(decode_image(image, name or "image"), self.geometry)
+        return patchify(open_image(image, name or "image"), self.geometry)
 
     def query(self, query: Query, name: str = "", *, cut: bool = True) -> Sequence:
         """The prompt of a query (paper, supplement Fig. 5), with its M-BEIR instruction."""
@@ -151,6 +158,10 @@ class Processor:
         """The prompt of a candidate, which never reasons."""
         system = instructions.document_prompt(self.prompts, bool(document.text), document.image is not None)
         return self.chat(system, instructions.format_string(document.text), document.image, name, cut=cut)
+
+    def finish(self, sequence: Sequence) -> Sequence:
+        """A prompt, with its trace if it has one, up to the token whose state is the embedding (paper Table 4)."""
+        return append(sequence, [self.emb]) if self.position == "token" else sequence
 
 
 def append(sequence: Sequence, tokens: list[int]) -> Sequence:

@@ -1,13 +1,15 @@
 """A suite of small variations of one experiment, and what their figures say of the paper's claims.
 
 `configs/ablations/` holds the suites: a base configuration, and for each variant the options that differ. Every variant
-is trained and measured with several seeds, in a run directory of its own. A claim compares two sides, seed by seed.
+is trained and measured with several seeds, in a run directory of its own. A claim compares two sides, seed by seed. The
+variant "trace" is the base; it comes first, because others may read what it wrote: `{trace}` in an option of theirs is
+its run directory of the same seed.
 """
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
@@ -15,6 +17,7 @@ from etils import epath
 from trace_jax.config import Config, load_config
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.evaluation import config_hash, metrics_path
+from trace_jax.retrieval.generation import MODES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,22 +29,25 @@ class Suite:
     seeds: tuple[int, ...] = (0, 1, 2)
     options: tuple[str, ...] = ()  # of all variants: another length, other batches
     variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name -> options of launch/train.py
+    page: str = "docs/reproduction.md"  # where the findings are written
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A figure of a variant: `mode` is that of the search, `queries` are "complex", "simple" or "all" ones."""
+    """A figure of a variant: `mode` is that of the search, `queries` are "complex", "simple" or "all" ones of the tasks
+    trained for, or those of an unseen data set, by its name. `measure` is R@5 in the local pool, or the share of
+    "reasoned" queries, in percent.
+    """
 
     variant: str
     mode: str
     queries: str
+    measure: Literal["R@5", "reasoned"] = "R@5"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """The paper says that `better` is above `worse` by more than `margin` points of R@5 (negative: at most so far
-    below).
-    """
+    """The paper says that `better` is above `worse` by more than `margin` points (negative: at most so far below)."""
 
     text: str
     paper: str  # its figures, and where they are
@@ -57,12 +63,33 @@ def _lifts(variant: str, text: str, paper: str, margin: float = 0.0) -> Claim:
     return Claim(text, paper, _OWN, Side(variant, "adaptive", "complex"), margin)
 
 
+def _carries_over(dataset: str, to: str) -> Claim:
+    return Claim(
+        f"What traces teach carries over to {to}",
+        "above LamRA-Ret in 11 of 13 unseen columns, Table 3",
+        Side("trace", "adaptive", dataset),
+        Side("no_trace", "adaptive", dataset),
+    )
+
+
 CLAIMS = (
     Claim(
         "Reasoning lifts complex queries (one model, with and without its traces)",
         "CIRR R@5 57.03 against 53.06 direct, Table 2",
         _OWN,
         Side("trace", "direct", "complex"),
+    ),
+    Claim(
+        "Routing is learned: complex queries reason far more often than simple ones (by over 50 points)",
+        "text first for 62 % on CIRR, for 4 % on COCO, Sec. 4.5 (beside Table 2)",
+        Side("trace", "adaptive", "complex", "reasoned"),
+        Side("trace", "adaptive", "simple", "reasoned"),
+        50.0,
+    ),
+    _lifts(
+        "emb_token",
+        "Reading right before <|emb|> beats reading <|emb|> itself",
+        "CIRR R@5 57.03 against 52.25, Table 4",
     ),
     _lifts(
         "closing_tag",
@@ -78,6 +105,24 @@ CLAIMS = (
         Side("trace", "adaptive", "simple"),
         Side("trace", "always", "simple"),
     ),
+    _lifts(
+        "candidate_answer", "An answer on the candidates' side makes it worse", "CIRR R@5 57.03 against 19.78, Table 6"
+    ),
+    _lifts(
+        "candidate_full", "A full trace on the candidates' side makes it worse", "CIRR R@5 57.03 against 18.90, Table 6"
+    ),
+    Claim(
+        "One model beats two: the same traces as text for an encoder trained without any",
+        "such a pipeline collapses (no figure), Sec. 4.6",
+        _OWN,
+        Side("no_trace", "external", "complex"),
+    ),
+    _lifts(
+        "detached",
+        "The losses do not conflict: joint training is no worse than with L_gen kept off the embedding",
+        "trained jointly (no figure), Sec. 3.3",
+        -1.0,
+    ),
     _lifts("generation_0", "The generation loss helps (weight 1 against 0)", "CIRR R@5 57.03 against 53.15, Table 8"),
     _lifts("generation_0.5", "Its weight 1 is near the best (0.5)", "CIRR R@5 57.03 against 55.92, Table 8", -1.0),
     _lifts("generation_2", "Its weight 1 is near the best (2)", "CIRR R@5 57.03 against 55.74, Table 8", -1.0),
@@ -87,14 +132,29 @@ CLAIMS = (
     _lifts(
         "lora_large", "A larger rank of LoRA gains little", "CIRR R@5 57.03 (128/256), 56.81 (256/512), Table 7", -1.0
     ),
+    _lifts(
+        "lora_alpha", "A larger alpha of LoRA gains little", "CIRR R@5 57.03 (128/256), 56.74 (128/512), Table 7", -1.0
+    ),
+    _carries_over("emojinoto", "a style of drawing never seen"),
+    _carries_over("emojiedits", "kinds of edits never seen"),
 )
 
 
 def config_of(suite: Suite, variant: str, seed: int) -> tuple[Config, list[str]]:
     """A run's configuration, and the command line that makes it."""
-    workdir = f"runs/ablations/{suite.name}/{variant}_{seed}"
-    options = [*suite.options, *suite.variants[variant], "--training.seed", str(seed), "--workdir", workdir]
+
+    def workdir(of: str) -> str:
+        return f"runs/ablations/{suite.name}/{of}_{seed}"
+
+    own = [option.format(trace=workdir("trace")) for option in suite.variants[variant]]
+    options = [*suite.options, *own, "--training.seed", str(seed), "--workdir", workdir(variant)]
     return load_config(suite.base, options), [suite.base, *options]
+
+
+def modes_of(variant: str) -> list[str]:
+    """The modes that a variant is searched in: those that a claim or the table of modes asks for."""
+    asked = {side.mode for claim in CLAIMS for side in (claim.better, claim.worse) if side.variant == variant}
+    return sorted({*asked, "adaptive", *(MODES if variant == "trace" else ())})
 
 
 def finished(config: Config) -> dict[str, Any] | None:
@@ -103,10 +163,14 @@ def finished(config: Config) -> dict[str, Any] | None:
     return metrics if metrics and metrics["config_hash"] == config_hash(config) else None
 
 
-def recall_at_5(metrics: dict[str, Any], side: Side) -> float:
-    """The mean over tasks of R@5 in the local pool, in percent. Raises ValueError where no query is of that sort."""
+def figure(metrics: dict[str, Any], side: Side) -> float:
+    """What a side measures, in percent; R@5 is the mean over tasks. Raises ValueError where no query is of its sort."""
+    if side.measure == "reasoned":
+        routing = metrics["routing"]
+        return routing["complex_reasoned"] if side.queries == "complex" else 100 - routing["simple_direct"]
     rows = []
-    for entry in metrics["tasks"].values():
+    trained = side.queries in ("complex", "simple", "all")
+    for entry in (metrics["tasks"] if trained else metrics["unseen"].get(side.queries, {})).values():
         if side.queries == "simple" and entry["complex_queries"]:
             continue
         row = entry["modes"][side.mode].get("local_complex" if side.queries == "complex" else "local")
@@ -134,7 +198,7 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
     """
 
     def values(side: Side) -> np.ndarray:
-        return np.array([recall_at_5(metrics, side) for metrics in results[side.variant]])
+        return np.array([figure(metrics, side) for metrics in results[side.variant]])
 
     def shown(figures: np.ndarray) -> str:
         return f"{figures.mean():.1f} ± {figures.std(ddof=1):.1f}" if len(figures) > 1 else f"{figures.mean():.1f}"
@@ -143,9 +207,11 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
         f"# The paper's claims in miniature: {suite.name}",
         "",
         f"`python launch/ablate.py {suite.name}`: {len(results)} variants of `{suite.base}`, seeds"
-        f" {', '.join(map(str, suite.seeds))}, {hours:.1f} hours of training and measuring in all. Figures are R@5 in"
+        f" {', '.join(map(str, suite.seeds))}, {hours:.1f} hours of training and measuring in all"
+        f"{', options `' + ' '.join(suite.options) + '`' if suite.options else ''}. Figures are R@5 in"
         " the local pool, the mean over tasks, ± the standard deviation over seeds. A claim holds when every seed says"
-        " so, does not when none does, and cannot be told otherwise.",
+        ' so, does not when none does, and cannot be told otherwise; "costs little", "gains little", "near the'
+        ' best" and "do not conflict" allow one point.',
         "",
         "| claim | paper | ours | against | verdict |",
         "|---|---|---|---|---|",
@@ -156,7 +222,7 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
             word = verdict((better - worse).tolist(), claim.margin)
             lines.append(f"| {claim.text} | {claim.paper} | {shown(better)} | {shown(worse)} | {word} |")
     lines += ["", "| mode (paper, Table 2) | complex | simple | queries/s |", "|---|---|---|---|"]
-    for mode in ("direct", "adaptive", "always"):
+    for mode in MODES:
         figures = [shown(values(Side("trace", mode, queries))) for queries in ("complex", "simple")]
         speeds = shown(np.array([speed(metrics, mode) for metrics in results["trace"]]))
         lines.append(f"| {mode} | {' | '.join(figures)} | {speeds} |")

@@ -12,13 +12,13 @@ import functools
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from trace_jax.config import Config
 from trace_jax.data.builders import mbeir
-from trace_jax.data.schema import TASKS, Document, Query
+from trace_jax.data.schema import TASKS, Document, Query, placed
 
 SPLITS = ("val", "test")
 POOLS = ("local", "global")
@@ -56,6 +56,7 @@ class Labelled:
     queries: list[Query]
     positives: list[frozenset[int]]  # dids as integers; empty where nothing is right
     galleries: list[frozenset[int]]  # what a query is measured among, of a benchmark that says so; else none
+    excluded: list[frozenset[int]]  # what is left out of a query's results
     complex: np.ndarray  # [n] bool: a trace belongs to it
     reasonings: list[str]
     answers: list[str]
@@ -77,7 +78,7 @@ class Benchmark:
     """The evaluation side of `<root>/<release>`. Raises FileNotFoundError when its records are not built."""
 
     def __init__(self, config: Config) -> None:
-        self.name = config.benchmark
+        self.name, self._most = config.benchmark, config.evaluation.queries
         self.folder = pathlib.Path(config.data.root) / self.name
         release = self.folder / "release"
         if not release.is_dir():
@@ -171,8 +172,13 @@ class Benchmark:
         )
 
     def count(self, query_set: QuerySet) -> int:
-        """The number of queries of a file, without reading them."""
-        return len(mbeir.load_queries(self.folder, query_set.stem))
+        """The number of queries of a file that are asked, without reading them."""
+        return len(self._rows(len(mbeir.load_queries(self.folder, query_set.stem))))
+
+    def _rows(self, total: int) -> Sequence[int]:
+        """Which queries of a file are asked: all, or `evaluation.queries` spread over it."""
+        asked = min(self._most or total, total)
+        return [i * total // asked for i in range(asked)]
 
     def choose(self, tasks: Sequence[str] = ("all",), splits: Sequence[str] = SPLITS) -> tuple[QuerySet, ...]:
         """The query files of some splits and tasks; a task is "it2i", "cirr" or "cirr_task7", or "all".
@@ -196,23 +202,29 @@ class Benchmark:
         encoded.
         """
         source = mbeir.load_queries(self.folder, query_set.stem)
-        records = [source[row] for row in range(len(source))]
+        records = [source[row] for row in self._rows(len(source))]
         path = self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
-        qrels, judged = mbeir.load_qrels(path), mbeir.load_judged(path)
-        limited = not all(all(dids.values()) for dids in judged.values())  # only then are wrong answers listed
+        judged = mbeir.load_judged(path) if path.exists() else {}  # a server may keep the answers to itself
+
+        def of(wanted: Callable[[int], bool]) -> list[frozenset[int]]:
+            dids = [judged.get(record["qid"], {}) for record in records]
+            return [frozenset(mbeir.hash_did(did) for did in each if wanted(each[did])) for each in dids]
+
+        limited = any(0 in dids.values() for dids in judged.values())  # only then are wrong answers listed
         task = query_set.task_id
         return Labelled(
             qids=[record["qid"] for record in records],
             queries=[
                 Query(
-                    record["query_txt"], record["image"] or None, self.instruction(task, record["dataset_id"], prompt)
+                    record["query_txt"],
+                    placed(record["query_txt"], record["images"]),
+                    self.instruction(task, record["dataset_id"], prompt),
                 )
                 for record in records
             ],
-            positives=[frozenset(map(mbeir.hash_did, qrels.get(record["qid"], ()))) for record in records],
-            galleries=[frozenset(map(mbeir.hash_did, judged.get(record["qid"], ()))) for record in records]
-            if limited
-            else [],
+            positives=of(lambda relevance: relevance > 0),
+            galleries=of(lambda relevance: relevance >= 0) if limited else [],
+            excluded=of(lambda relevance: relevance < 0),
             complex=np.array([record["complex"] for record in records], bool),
             reasonings=[record["reasoning"] for record in records],
             answers=[record["answer"] for record in records],

@@ -129,6 +129,8 @@ class Retriever:
             runs.dtype,
             runs.param_dtype,
             *([config.evaluation.dimensions] if config.evaluation.dimensions else []),
+            *([data.position] if data.position != "before" else []),
+            *([config.evaluation.max_trace_tokens] if data.candidate_trace != "none" else []),
         )
         options, hidden = config.evaluation, model.architecture.language.hidden_size
         if options.dimensions is not None and not 0 < options.dimensions <= hidden:
@@ -181,7 +183,8 @@ class Retriever:
         on_error: OnError = "raise",
         progress: bool = False,
     ) -> Encoded:
-        """Documents as vectors; they never reason (paper Sec. 3.1). See `Encoded`, and `read_document` for the items.
+        """Documents as vectors; they never reason (paper Sec. 3.1; but for the ablation of Table 6, where those do that
+        were trained to: `data.candidate_trace`). See `Encoded`, and `read_document` for the items.
 
         `rooms` (from `rooms_for` a sample) keeps the shapes of a long job the same from call to call. A
         text over `data.max_text_tokens` is cut, or refused with TextTooLongError when `cut` is False.
@@ -195,6 +198,8 @@ class Retriever:
             return self.processor.document(read_document(documents[i]), name, cut=cut)
 
         reader = _Reader(tokenize, "document", names, on_error)
+        if self.config.data.candidate_trace != "none":
+            return self._encode_written(len(documents), reader, "adaptive", progress=progress)
         return self._encode_packed(len(documents), reader, rooms, progress=progress)
 
     def encode_query_with_trace(self, queries: Sequence[Query], traces: Sequence[str]) -> Encoded:
@@ -211,7 +216,7 @@ class Retriever:
 
     def rooms_for(self, documents: Sequence[Document]) -> dict[bool, Room]:
         """Static shapes that fit a sample of documents: those without images, and those with."""
-        return self._rooms_for([self.processor.document(document) for document in documents])
+        return self._rooms_for([self.processor.finish(self.processor.document(document)) for document in documents])
 
     def _rooms_for(self, sequences: Sequence[Tokens], *, coarse: bool = False) -> dict[bool, Room]:
         """`coarse` needs fewer shapes and wastes up to half a batch: for short jobs, where compiling is the cost."""
@@ -242,9 +247,10 @@ class Retriever:
         coarse: bool = False,
         progress: bool = False,
     ) -> Encoded:
-        """The normalised state of each sequence's last token, which predicts <|emb|>."""
+        """The normalised state of each sequence's last token, which predicts <|emb|>, or is it (`data.position`)."""
         parts = [Encoded.blank(0, self.width)]
-        for part, chosen, sequences in self._windows(count, reader, progress):
+        for part, chosen, prompts in self._windows(count, reader, progress):
+            sequences = [self.processor.finish(prompt) for prompt in prompts]
             rooms = self._rooms_for(sequences, coarse=coarse) | (rooms or {})
             part.embeddings[chosen] = self._cut(self._encode_window(sequences, rooms))
             parts.append(part)
@@ -336,14 +342,23 @@ class Retriever:
         def tokenize(i: int, name: str) -> Tokens:
             return self.processor.query(read_query(queries[i]), name, cut=cut)
 
-        mode, parts = mode or self.config.evaluation.mode, [Encoded.blank(0, self.width)]
-        started, compiling = time.perf_counter(), compilations()[1]
         reader = _Reader(tokenize, "query", names, on_error)
-        for part, chosen, sequences in self._windows(len(queries), reader, progress):
+        return self._encode_written(len(queries), reader, mode or self.config.evaluation.mode, progress=progress)
+
+    def _encode_written(self, count: int, reader: "_Reader", mode: Mode, *, progress: bool = False) -> Encoded:
+        """What follows the traces that the model writes."""
+        parts = [Encoded.blank(0, self.width)]
+        started, compiling = time.perf_counter(), compilations()[1]
+        for part, chosen, sequences in self._windows(count, reader, progress):
             if chosen:
                 order, result = self._generate(sequences, mode)
                 members = np.array(chosen)[order]
-                part.embeddings[members] = self._cut(result.embeddings)
+                vectors = result.embeddings
+                if self.processor.position == "token":  # an ablation: all is read once more, with <|emb|>
+                    traces = zip(order, result.traces(), strict=True)
+                    whole = [self.processor.finish(append(sequences[i], trace)) for i, trace in traces]
+                    vectors = self._encode_window(whole, self._rooms_for(whole, coarse=True))
+                part.embeddings[members] = self._cut(vectors)
                 part.reasoned[members], part.capped[members] = result.reasoned, result.capped
                 part.trace_tokens[members] = result.lengths
                 for i, trace in zip(members, result.traces(), strict=True):

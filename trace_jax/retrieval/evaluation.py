@@ -8,6 +8,7 @@ from it.
 
 import dataclasses
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax.config import Config, to_json
+from trace_jax.data.builders import unseen
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import POOLS, PROMPTS, SPLITS, Benchmark, Labelled, QuerySet, did_of
 from trace_jax.retrieval.embedder import Encoded, Retriever
@@ -31,12 +33,11 @@ from trace_jax.training.train import split_model
 
 log = logging.getLogger(__name__)
 
-EvaluationMode = Mode | Literal["given"]  # "given" hands every query its true trace: the ceiling
-MODES = ("adaptive", "direct", "always", "given")
-FASHION = ("fashion200k", "fashioniq")  # measured deeper, as UniIR does
-FASHION_KS = (20, 50)
-MEAN_PRECISION = ("circo_val",)  # measured by mAP, as CIRCO's authors do
-CIRCO_KS = (5, 10, 25, 50)
+# "given" hands every query its true trace: the ceiling. "external" puts the trace that another run wrote into its text
+# and embeds it directly: the pipeline of two models (paper Sec. 4.6).
+EvaluationMode = Mode | Literal["given", "external"]
+CIRCO_KS = (5, 10, 25, 50)  # of mAP, which its authors measure by
+DEEPER = {"fashion200k": (20, 50), "fashioniq": (20, 50), "mtfiq": (8,), unseen.CIRCO: (25, 50)}  # k of recall, beside
 BY_KIND = 5  # the k of the recall that is broken down by the kind of query
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
@@ -105,11 +106,19 @@ def encode(
     if mode == "given":
         traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
         results = retriever.encode_query_with_trace(labelled.queries, traces)
+    elif mode == "external":
+        traces = _read_reasoner(config, query_set, prompt)["traces"].tolist()
+        asked = [
+            dataclasses.replace(query, text=f"{query.text} {trace}".strip())
+            for query, trace in zip(labelled.queries, traces, strict=True)
+        ]
+        results = retriever.encode_query(asked, "direct", names=labelled.qids)
+        results = dataclasses.replace(results, traces=traces, reasoned=np.array(list(map(bool, traces)), bool))
     else:
         results = retriever.encode_query(labelled.queries, mode, names=labelled.qids)
     artifacts.write_arrays(
         results_path(config, query_set, mode, prompt),
-        key=np.array(queries_key(config, retriever)),
+        key=np.array(results_key(config, retriever, query_set, mode, prompt)),
         **{field.name: np.asarray(getattr(results, field.name)) for field in dataclasses.fields(results)},
     )
     return results
@@ -119,9 +128,29 @@ def queries_key(config: Config, retriever: Retriever) -> str:
     """What encoded queries depend on: the retriever, how long a trace may be, and how it is drawn."""
     options = config.evaluation
     drawn = [options.temperature, options.samples, config.training.seed] if options.temperature else []
+    some = [options.queries] if options.queries else []
     return artifacts.key_of(
-        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn
+        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn, *some
     )
+
+
+def results_key(
+    config: Config, retriever: Retriever, query_set: QuerySet, mode: EvaluationMode, prompt: int = 0
+) -> str:
+    """What the encoded queries of a file depend on: as `queries_key`, and on another run's traces."""
+    key = queries_key(config, retriever)
+    return artifacts.key_of(key, str(_read_reasoner(config, query_set, prompt)["key"])) if mode == "external" else key
+
+
+def _read_reasoner(config: Config, query_set: QuerySet, prompt: int) -> dict[str, np.ndarray]:
+    """The queries of a file as the run `evaluation.reasoner` encoded them. Raises MissingStageError."""
+    reasoner = dataclasses.replace(config, workdir=config.evaluation.reasoner)
+    path = results_path(reasoner, query_set, config.evaluation.mode, prompt)
+    if not config.evaluation.reasoner or not path.exists():
+        raise artifacts.MissingStageError(
+            f"no traces in {path}: mode external takes those of --evaluation.reasoner; run launch/evaluate.py on it"
+        )
+    return artifacts.read_arrays(path)
 
 
 # ---- one query file --------------------------------------------------------------------------------------
@@ -160,8 +189,8 @@ class Searcher:
             found, scores = self._search_galleries(labelled.galleries, results.embeddings, k)
         else:
             index = self.index(pool_of(query_set, scope))
-            rows, scores = index.search(results.embeddings, k)
-            found = np.where(rows >= 0, index.ids[rows], -1)
+            rows, scores = index.search(results.embeddings, k + max(map(len, labelled.excluded), default=0))
+            found, scores = leave_out(np.where(rows >= 0, index.ids[rows], -1), scores, labelled.excluded, k)
         lines = []
         for qid, ids, values in zip(labelled.qids, found.tolist(), scores.tolist(), strict=True):
             ranked = enumerate(zip(ids, values, strict=True), start=1)
@@ -196,15 +225,44 @@ class Searcher:
         self.checked.setdefault(pool, []).append(share)
 
 
+def leave_out(
+    found: np.ndarray, scores: np.ndarray, excluded: Sequence[frozenset[int]], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first k results of each query, dids and scores [n, <= k], without those that are left out; -1 where too few
+    others were found.
+    """
+    rows = [list(map(excluded[i].__contains__, row)) for i, row in enumerate(found.tolist())]
+    out = np.array(rows, bool).reshape(found.shape)
+    found, scores = np.where(out, -1, found), np.where(out, -np.inf, scores)
+    kept = np.argsort(out, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(found, kept, axis=1), np.take_along_axis(scores, kept, axis=1)
+
+
+def submit(searcher: Searcher, query_set: QuerySet, labelled: Labelled, results: Encoded) -> str:
+    """Searches for queries whose right answers a server keeps, and writes what it is sent (CIRCO's is known); returns
+    the path.
+    """
+    config, mode = searcher.config, searcher.config.evaluation.mode
+    found = searcher.search(query_set, mode, "local", labelled, results)
+    path = run_file(config, query_set, mode, "local")
+    if query_set.dataset == unseen.CIRCO:
+        rows = zip(labelled.qids, found.tolist(), strict=True)
+        ranked = {qid: [did_of(did) for did in row if did >= 0] for qid, row in rows}
+        sent = unseen.circo_submission(searcher.benchmark.folder / "release", ranked)
+        path = path.with_name(f"{query_set.stem}_submission.json")
+        artifacts.write_bytes(path, json.dumps(sent).encode())
+    log.info("%s: its server has the right answers; send it %s", query_set.stem, path)
+    return str(path)
+
+
 def pool_of(query_set: QuerySet, scope: str) -> str:
     """The pool that a query file searches, "local" or "global"."""
     return query_set.pool if scope == "local" else query_set.global_pool
 
 
 def ks_of(config: Config, query_set: QuerySet) -> tuple[int, ...]:
-    """The k of recall@k: those of the configuration, and UniIR's deeper ones for fashion."""
-    deeper = FASHION_KS if query_set.dataset in FASHION else ()
-    return config.evaluation.ks + (CIRCO_KS[-2:] if query_set.dataset in MEAN_PRECISION else deeper)
+    """The k of recall@k: those of the configuration, and those that a data set's authors add."""
+    return config.evaluation.ks + DEEPER.get(query_set.dataset, ())
 
 
 def depth(config: Config, query_set: QuerySet) -> int:
@@ -239,7 +297,7 @@ def measure(
             found = searcher.search(query_set, mode, scope, labelled, result)
             row[scope] = recalls(found, labelled.positives, ks)
             row["ranking"][scope] = rankings(found, labelled.positives)
-            if query_set.dataset in MEAN_PRECISION:
+            if query_set.dataset == unseen.CIRCO:
                 precisions = {k: average_precision_at(found, labelled.positives, k) for k in CIRCO_KS}
                 row["ranking"][scope] |= {f"mAP@{k}": percent(values) for k, values in precisions.items()}
             if scope == "local" and mode == main:
@@ -313,7 +371,7 @@ def evaluate(
     config: Config,
     retriever: Retriever,
     benchmark: Benchmark,
-    modes: Sequence[Mode] = (),
+    modes: Sequence[EvaluationMode] = (),
     scope: Scope | None = None,
 ) -> tuple[dict[str, Any], int]:
     """Measures a retriever on the query files of a release; writes `metrics_path` and the run files.
@@ -324,11 +382,12 @@ def evaluate(
     """
     scope = scope or Scope()
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
-    searcher, key = Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
+    searcher = Searcher(config, benchmark, retriever.key)
     chosen = benchmark.choose(scope.tasks, scope.splits)
     for pool in sorted({pool_of(query_set, each) for query_set in chosen for each in scope.pools}):
         searcher.index(pool)
     entries: dict[QuerySet, dict[str, Any]] = {}
+    submissions: dict[str, str] = {}
     routed: dict[bool, list[np.ndarray]] = {False: [], True: []}
     passes = len(run) + (PROMPTS - 1 if scope.prompts == "all" else 0)
     encoded, total = 0, passes * sum(benchmark.count(query_set) for query_set in chosen)
@@ -337,6 +396,7 @@ def evaluate(
         def results_of(query_set: QuerySet, mode: EvaluationMode, labelled: Labelled, prompt: int = 0) -> Encoded:
             nonlocal encoded
             bar.set_postfix_str(f"{query_set.stem} {mode}{_asked(prompt)}", refresh=False)
+            key = results_key(config, retriever, query_set, mode, prompt)
             kept = load_results(config, query_set, mode, key, prompt)
             encoded += 0 if kept else len(labelled.qids)
             bar.update(len(labelled.qids) if mode != "given" else 0)
@@ -347,6 +407,9 @@ def evaluate(
             has_ceiling = query_set.trained and bool(labelled.complex.any())
             wanted: list[EvaluationMode] = [*run, "given"] if has_ceiling else run
             results: dict[EvaluationMode, Encoded] = {mode: results_of(query_set, mode, labelled) for mode in wanted}
+            if not any(labelled.positives):
+                submissions[query_set.stem] = submit(searcher, query_set, labelled, results[run[0]])
+                continue
             entries[query_set] = measure(searcher, query_set, labelled, results, scope.pools)
             if scope.prompts == "all":
                 others = [benchmark.load(query_set, prompt) for prompt in range(1, PROMPTS)]
@@ -363,6 +426,7 @@ def evaluate(
         "simple_direct": percent(~np.concatenate(routed[False])) if routed[False] else None,
         "complex_reasoned": percent(np.concatenate(routed[True])) if routed[True] else None,
     }
+    metrics["submissions"] = submissions
     metrics["indexes"] = {
         pool: {"kind": index.about["kind"], "candidates": len(index.ids)}
         | {"recall_against_exact": round(min(searcher.checked[pool]), 4)}

@@ -15,7 +15,8 @@ Item = Query | Document | str | Mapping[str, Any]  # a text alone, or {"text": .
 
 
 def read_query(item: Item) -> Query:
-    """A Query as it is, a text, or a mapping of text, image (see `read_image`) and instruction, each optional.
+    """A Query as it is, a text, or a mapping of text, image (see `read_image`; a tuple of several, if the text marks
+    their places as `Query` says) and instruction, each optional.
 
     Raises ValueError for an empty one, other keys, or an image that is not there; TypeError for any other type.
     """
@@ -51,7 +52,8 @@ def _fields(item: Any, known: tuple[str, ...]) -> dict[str, Any]:
         if not isinstance(fields[name], str):
             raise TypeError(f"the {name} is a {type(fields[name]).__name__}; give a str")
     if "image" in fields:
-        fields["image"] = read_image(fields["image"])
+        image = fields["image"]
+        fields["image"] = tuple(map(read_image, image)) if isinstance(image, tuple) else read_image(image)
     return fields
 
 

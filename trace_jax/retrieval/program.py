@@ -54,7 +54,7 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
     parser.add_argument("--untrained", action="store_true", help="the base alone, in runs/<config>_untrained")
     parser.add_argument("--benchmark", default="", help="the release to search and measure on (evaluation.benchmark)")
     parser.add_argument(
-        "--modes", type=_among(*MODES), default=("direct",), help="modes to run beside --evaluation.mode"
+        "--modes", type=_among(*MODES, "external"), default=("direct",), help="modes to run beside --evaluation.mode"
     )
     parser.add_argument("--pools", type=_among(*POOLS), default=POOLS, help="local, global, or both: local,global")
     parser.add_argument("--tasks", type=_several, default=("all",), help="all, or some: it2i,cirr,oven_task6")

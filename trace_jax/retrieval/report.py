@@ -22,7 +22,7 @@ from PIL import Image
 
 from trace_jax.config import Config
 from trace_jax.data.builders import mbeir
-from trace_jax.data.processor import decode_image
+from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
@@ -73,7 +73,7 @@ class Example:
     qid: str
     instruction: str
     text: str
-    image: str
+    images: list[str]
     complex: bool
     reasoned: bool
     trace: str
@@ -129,7 +129,7 @@ class Examples:
             qid=labelled.qids[query],
             instruction=asked.instruction,
             text=asked.text,
-            image=data_uri(asked.image),
+            images=[data_uri(image) for image in asked.images],
             complex=bool(labelled.complex[query]),
             reasoned=bool(self._results.reasoned[query]),
             trace=trace,
@@ -154,7 +154,7 @@ def data_uri(image: bytes | None) -> str:
     """An encoded image, made small, as a data URI; "" for none. Raises ValueError for no image."""
     if image is None:
         return ""
-    picture = Image.fromarray(decode_image(image))
+    picture = open_image(image)
     picture.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=88)

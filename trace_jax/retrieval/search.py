@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from trace_jax.config import Config
-from trace_jax.data.processor import decode_image
+from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document, Query
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, did_of
@@ -49,7 +49,7 @@ def read_query(text: str, image: str | None, instruction: str) -> Query:
         if not path.is_file():
             raise ValueError(f"{image}: no such image file")
         data = path.read_bytes()
-        decode_image(data, image)
+        open_image(data, image)
     return Query(text, data, instruction)
 
 
@@ -117,21 +117,21 @@ _TILE, _GAP, _INK, _SOFT, _LINE, _PAPER = 168, 16, "#1d2129", "#667085", "#d9dde
 def draw(answer: Answer) -> Image.Image:
     """The query and its trace above the results, side by side."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    width = max(_GAP + len(answer.hits) * (_TILE + _GAP), 620)
-    left = _GAP + (_TILE + _GAP if answer.query.image else 0)
+    left = _GAP + (_TILE + _GAP) * len(answer.query.images)
+    width = max(_GAP + len(answer.hits) * (_TILE + _GAP), left + 604)
     columns = (width - left - _GAP) // 8
     lines = [(line, small, _SOFT) for line in textwrap.wrap(answer.query.instruction, columns)]
     lines += [(line, font, _INK) for line in textwrap.wrap(answer.query.text, int(columns * 0.85))]
     wrote = f"wrote: {answer.trace}" if answer.trace else "no trace: <|emb|> came first"
     lines += [(line, small, _SOFT) for line in textwrap.wrap(wrote, columns)]
-    top = max(_TILE if answer.query.image else 0, 26 * len(lines)) + 2 * _GAP
+    top = max(_TILE if answer.query.images else 0, 26 * len(lines)) + 2 * _GAP
     words = [textwrap.wrap(hit.document.text, 24) for hit in answer.hits]
     picture = _TILE + 8 if any(hit.document.image for hit in answer.hits) else 0
     bottom = top + _GAP + picture + 17 * min(max(map(len, words), default=0), 8)
     page = Image.new("RGB", (width, bottom + 40), _PAPER)
     pen = ImageDraw.Draw(page)
-    if answer.query.image:
-        _paste(page, answer.query.image, (_GAP, _GAP))
+    for place, image in enumerate(answer.query.images):
+        _paste(page, image, (_GAP + place * (_TILE + _GAP), _GAP))
     for row, (line, face, colour) in enumerate(lines):
         pen.text((left, _GAP + 26 * row), line, fill=colour, font=face)
     pen.line([(_GAP, top), (width - _GAP, top)], fill=_LINE)
@@ -146,7 +146,7 @@ def draw(answer: Answer) -> Image.Image:
 
 
 def _paste(page: Image.Image, image: bytes, at: tuple[int, int]) -> None:
-    picture = Image.fromarray(decode_image(image))
+    picture = open_image(image)
     scale = _TILE / max(picture.size)
     picture = picture.resize([max(1, round(side * scale)) for side in picture.size], Image.Resampling.LANCZOS)
     inset = [(_TILE - side) // 2 for side in picture.size]

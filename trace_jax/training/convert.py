@@ -82,8 +82,8 @@ def convert_base(source: str, folder: str, mesh: jax.sharding.Mesh, dtype: str) 
 def export_merged(config: Config, folder: str, *, step: int | None = None, dtype: str | None = None) -> None:
     """Writes a run's checkpoint (the newest, or of `step`) as a plain Qwen2.5-VL for transformers.
 
-    `dtype` is that of the files, by default the base's. Raises CheckpointError when there is no checkpoint and
-    FileExistsError when `folder` is there already.
+    `dtype` is that of the files, by default the base's. Raises CheckpointError when there is no checkpoint,
+    FileExistsError when `folder` is there already, and ValueError for an ablation that embeds otherwise than TRACE.
     """
     with _whole(folder) as partial:
         processor, step, model = _restored(config, step)
@@ -128,6 +128,8 @@ def import_adapter(config: Config, folder: str) -> None:
 
 
 def _restored(config: Config, step: int | None) -> tuple[Processor, int, Qwen2_5_VL]:
+    if (config.data.position, config.data.candidate_trace) != ("before", "none"):
+        raise ValueError(f"{config.name}: no card says how to embed with another data.position or candidate_trace")
     processor = Processor.from_hf(config.model.base, config.data)
     restored = restore_model(config, processor, sharding.make_mesh(config.mesh), step)
     if restored is None:

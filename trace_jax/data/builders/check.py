@@ -9,6 +9,7 @@ file whose pictures were all found good is remembered, and they are not decoded 
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -154,12 +155,19 @@ def _check_files(report: Report, complete: bool) -> None:
         require("cand_pool/local", "a release has pools, in .jsonl files")
     for _, (path, split) in mbeir.query_files(release).items():
         if split != "train":
-            require(f"qrels/{split}/{path.stem}_qrels.txt", f"the right answers of {path.name} are there")
+            qrels = f"qrels/{split}/{path.stem}_qrels.txt"
+            if (release / qrels).exists() or not _hides_answers(path):
+                require(qrels, f"the right answers of {path.name} are there")
             pool = mbeir.local_pool(release, path.stem)
             if not pool.exists():
                 require(str(pool.relative_to(release)), f"{path.name} is searched in it")
         else:
             require(f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
+
+
+def _hides_answers(path: Path) -> bool:
+    """Whether a query file leaves its right answers to a server: its first query names none."""
+    return not any(record.get("pos_cand_list") for _, record in itertools.islice(mbeir.lines(path), 1))
 
 
 def _published_files() -> Iterator[str]:
@@ -309,9 +317,14 @@ class _Check:
 
     def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:
         qrels = self.release / "qrels" / path.parent.name / f"{path.stem}_qrels.txt"
+        if not qrels.exists():
+            if len(read.named):
+                message = f"{path}, line {read.named[0, 1]}: names candidates, but there is no {qrels}; fetch it again"
+                read.row.add("malformed", message)
+            return
         row = self._row(qrels)
         try:
-            found = mbeir.load_qrels(qrels)
+            found = mbeir.load_judged(qrels)
         except ReleaseError as error:
             row.add("malformed", str(error))
             return
@@ -323,11 +336,11 @@ class _Check:
             for did in sorted(dids):
                 number = mbeir.hash_did(did)
                 if number not in anywhere:
-                    row.add("dangling ids", f"{qrels}: {did}, the answer to {qid}, is in no pool; add it to its pool")
+                    row.add("dangling ids", f"{qrels}: {did}, judged for {qid}, is in no pool; add it to its pool")
                 elif number not in here:
                     row.add("elsewhere")
-        judged = {mbeir.hash_qid(qid) for qid in found}
-        for number in sorted(asked - judged):
+        answered = {mbeir.hash_qid(qid) for qid, dids in found.items() if max(dids.values()) > 0}
+        for number in sorted(asked - answered):
             qid = f"{number // mbeir.QIDS}:{number % mbeir.QIDS}"
             row.add("dangling ids", f"{qrels}: no right answer for the query {qid} of {path.name}; add one")
 

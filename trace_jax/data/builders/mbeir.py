@@ -35,7 +35,9 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
-VERSION = "1.2.0"
+from trace_jax.data.schema import MARK
+
+VERSION = "1.3.0"
 QUERIES, CANDIDATES = "mbeir_queries", "mbeir_candidates"
 TRAIN_POOL = "mbeir_union_train_cand_pool"
 """The split of the candidates that holds the positives of all training queries."""
@@ -55,13 +57,13 @@ class ReleaseError(ValueError):
 
 
 class QueryRecord(TypedDict):
-    """One query. `image` is the encoded file, b"" if none; `query_txt` "" if none. `complex` says
+    """One query. `images` are encoded files: none, one, or as many as `query_txt` ("" if none) marks. `complex` says
     that a trace (`reasoning`, then `answer`) belongs to it. `src_content` is what its data set kept of it.
     """
 
     qid: str
     query_txt: str
-    image: bytes
+    images: list[bytes]
     modality: str
     src_content: str
     task_id: int
@@ -144,7 +146,7 @@ def pictures(folder: Path | epath.Path) -> Picture:
     return read
 
 
-def _modality(record: dict[str, Any], name: str, txt: str, image: bytes, where: str) -> str:
+def _modality(record: dict[str, Any], name: str, txt: str, image: object, where: str) -> str:
     stated = _field(record, name, where)
     if stated not in MODALITIES:
         raise ReleaseError(f'{where}: {name} is {stated!r}; use "text", "image" or "image,text"')
@@ -180,13 +182,16 @@ def read_query(where: str, record: dict[str, Any], traces: dict[str, Trace], pic
     if not isinstance(task, int) or not 0 <= task <= 8:
         raise ReleaseError(f"{where}: task_id is {task!r}; M-BEIR's tasks are 0 to 8")
     txt = record.get("query_txt") or ""
-    image = picture(record.get("query_img_path"), where)
+    paths = record.get("query_img_path") or []
+    images = [picture(path, where) for path in (paths if isinstance(paths, list) else [paths])]
+    if isinstance(paths, list) and txt.count(MARK) != len(paths):
+        raise ReleaseError(f"{where}: {len(paths)} pictures, {txt.count(MARK)} times {MARK} in the text; mend it")
     trace = traces.get(qid, _SIMPLE)
     return {
         "qid": qid,
         "query_txt": txt,
-        "image": image,
-        "modality": _modality(record, "query_modality", txt, image, where),
+        "images": images,
+        "modality": _modality(record, "query_modality", txt, images, where),
         "src_content": str(record.get("query_src_content") or ""),
         "task_id": task,
         "dataset_id": int(qid.split(":")[0]),
@@ -226,19 +231,19 @@ def load_traces(release: Path, split: str) -> dict[str, Trace]:
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
     """Qid -> dids of its right answers, from a qrels file (qid 0 did relevance task)."""
     judged = load_judged(path)
-    return {qid: right for qid, dids in judged.items() if (right := {did for did in dids if dids[did]})}
+    return {qid: right for qid, dids in judged.items() if (right := {did for did in dids if dids[did] > 0})}
 
 
-def load_judged(path: Path | str) -> dict[str, dict[str, bool]]:
-    """Qid -> did -> whether it is right, of all that a qrels file judges."""
-    found: dict[str, dict[str, bool]] = {}
+def load_judged(path: Path | str) -> dict[str, dict[str, int]]:
+    """Qid -> did -> relevance, of all that a qrels file judges: above 0 right, 0 wrong, -1 left out of the results."""
+    found: dict[str, dict[str, int]] = {}
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             parts = line.split()
             ids = [part for part in (*parts[:1], *parts[2:3]) if _ID.fullmatch(part)]
-            if len(parts) not in (4, 5) or len(ids) != 2 or not parts[3].isdigit():
+            if len(parts) not in (4, 5) or len(ids) != 2 or not re.fullmatch(r"-?\d+", parts[3]):
                 raise ReleaseError(f"{path}, line {number}: expected 5 columns: qid 0 did 1 task_id")
-            found.setdefault(parts[0], {})[parts[2]] = int(parts[3]) > 0
+            found.setdefault(parts[0], {})[parts[2]] = int(parts[3])
     return found
 
 
@@ -312,7 +317,7 @@ _BYTES = functools.partial(tfds.features.Tensor, shape=(), dtype=np.object_)
 _QUERY_FEATURES = {
     "qid": _TEXT(),
     "query_txt": _TEXT(),
-    "image": _BYTES(),
+    "images": tfds.features.Sequence(_BYTES()),
     "modality": _TEXT(),
     "src_content": _TEXT(),
     "task_id": np.int64,
@@ -491,8 +496,10 @@ class Source(Generic[_Record]):
 
     def __init__(self, folder: Path, name: str, split: str, plain: Callable[[Any], _Record]) -> None:
         self._directory, self._name, self._split, self._plain = folder / "records" / name, name, split, plain
-        if not (folder / "records/stamp.json").exists():
-            raise FileNotFoundError(f"{folder} holds no finished records: run launch/build_data.py or prepare_data.py")
+        if (_read_json(folder / "records/stamp.json") or {}).get("version") != VERSION:
+            raise FileNotFoundError(
+                f"{folder} holds no finished records of version {VERSION}: run launch/build_data.py or prepare_data.py"
+            )
         known = sorted(path.name.removesuffix(".index.json") for path in self._directory.glob("*.json"))
         if split not in known:
             near = difflib.get_close_matches(split, known, 3, 0.4) or known
@@ -559,7 +566,7 @@ def _plain_query(record: Any) -> QueryRecord:
     return {
         "qid": _text(record, "qid"),
         "query_txt": _text(record, "query_txt"),
-        "image": _bytes(record, "image"),
+        "images": list(record["images"].bytes_list.value),
         "modality": _text(record, "modality"),
         "src_content": _text(record, "src_content"),
         "task_id": _number(record, "task_id"),

@@ -1,7 +1,8 @@
 """The paper's unseen benchmarks (Table 3), from the files that their authors release to a release in M-BEIR's layout.
 
 Pictures stay where they are: paths are relative to the source. A benchmark that ranks a few candidates for each query
-(GeneCIS, SugarCrepe) names them all in its qrels, the wrong ones with relevance 0, and is measured among those alone.
+(GeneCIS, SugarCrepe, CC-Neg) names them all in its qrels, the wrong ones with relevance 0, and is measured among those
+alone. What is to be left out of a query's results has relevance -1 (Visual Storytelling: the pictures of the query).
 
     write(name, source, release)               then check and build it like any other, with images=source
 
@@ -9,31 +10,43 @@ Prompts are LamRA's; for text → image, where it embeds the bare caption, M-BEI
 """
 
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_jax.data.builders.mbeir import SIDES, ReleaseError
-from trace_jax.data.schema import TASKS
+from trace_jax.data.builders.mbeir import SIDES, ReleaseError, lines
+from trace_jax.data.schema import MARK, TASKS
 
+CIRCO = "circo"
+CC_NEG_TEST = 40_000  # its last so many records
 _TO_TEXT = "Find an image caption describing the following everyday image."
 _TO_IMAGE = "Find me an everyday image that matches the given caption."
 _CHANGE = "I'm looking for a similar everyday image with the described changes."
 _FOCUS = "I'm looking for an image with the same attributes as described."
 _DIALOG = "Find me an everyday image that matches the given dialog."
+_STORY = (
+    "I will provide you with a series of images and captions from a story, and I need you to retrieve the image"
+    " corresponding to the last caption."
+)
+_ROUNDS = "Find me a similar fashion image based on the following multi-round modifications."
 
-Content = tuple[str | None, str | None]
-"""A text and a picture's path; one of them may be None."""
+Content = tuple[str | None, str | tuple[str, ...] | None]
+"""A text and a picture's path; one of them may be None. A query may have several paths, at marks in its text."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A query: its content, its right answers, and for some benchmarks the wrong ones that it is measured among."""
+    """A query: its content, its right answers, and for some benchmarks the wrong ones that it is measured among, what
+    is left out of its results, or what a server knows it by.
+    """
 
     content: Content
     right: list[Content]
     wrong: list[Content] = field(default_factory=list)
+    left_out: list[Content] = field(default_factory=list)
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class File:
     prompt: str
     queries: list[Asked]
     pool: list[Content]
+    split: str = "test"
 
 
 def _read(path: Path) -> Any:
@@ -107,15 +121,29 @@ def _circo(source: Path) -> list[File]:
         _item(image, "id", str(images)): f"{folder}/unlabeled2017/{_item(image, 'file_name', str(images))}"
         for image in _item(_read(images), "images", str(images))
     }
-    path, queries = source / "annotations/val.json", []
-    for record in _read(path):
-        where = f"{path}, query {record.get('id')}"
-        wanted = [_item(record, "reference_img_id", where), *_item(record, "gt_img_ids", where)]
-        if unknown := [number for number in wanted if number not in names]:
-            raise ReleaseError(f"{where}: the picture {unknown[0]} is not in {images.name}; fetch both again")
-        reference, *right = (names[number] for number in wanted)
-        queries.append(Asked((_item(record, "relative_caption", where), reference), [(None, one) for one in right]))
-    return [File("circo_val", 7, _CHANGE, queries, [(None, name) for name in names.values()])]
+    files = []
+    for split in ("val", "test"):
+        path, queries = source / f"annotations/{split}.json", []
+        for record in _read(path):
+            where = f"{path}, query {record.get('id')}"
+            wanted = [_item(record, "reference_img_id", where)]
+            wanted += _item(record, "gt_img_ids", where) if split == "val" else []  # the server's secret
+            if unknown := [number for number in wanted if number not in names]:
+                raise ReleaseError(f"{where}: the picture {unknown[0]} is not in {images.name}; fetch both again")
+            reference, *right = (names[number] for number in wanted)
+            content = (_item(record, "relative_caption", where), reference)
+            queries.append(Asked(content, [(None, one) for one in right], number=_item(record, "id", where)))
+        files.append(File(CIRCO, 7, _CHANGE, queries, [(None, name) for name in names.values()], split))
+    return files
+
+
+def circo_submission(release: Path, found: dict[str, list[str]]) -> dict[str, list[int]]:
+    """What CIRCO's server takes: {query: numbers of its first 50 pictures}, from {qid: dids}, best first."""
+    queries = lines(release / f"query/test/mbeir_{CIRCO}_task7_test.jsonl")
+    numbers = {record["qid"]: json.loads(record["query_src_content"])["id"] for _, record in queries}
+    pool = lines(release / f"cand_pool/local/mbeir_{CIRCO}_task7_cand_pool.jsonl")
+    pictures = {record["did"]: int(Path(record["img_path"]).stem) for _, record in pool}
+    return {str(numbers[qid]): [pictures[did] for did in dids[:50]] for qid, dids in found.items()}
 
 
 def _genecis(source: Path) -> list[File]:
@@ -166,14 +194,85 @@ def _sugarcrepe(source: Path) -> list[File]:
     return files
 
 
+def _vist(source: Path) -> list[File]:
+    path, folder = source / "sis/val.story-in-sequence.json", source / "images/val"
+    files = {file.stem: file.name for file in folder.iterdir()} if folder.is_dir() else {}
+    stories: dict[str, list[tuple[int, str, str]]] = {}
+    for number, annotation in enumerate(_item(_read(path), "annotations", str(path))):
+        record = annotation[0] if annotation else None
+        where = f"{path}, annotation {number}"
+        story, text, shown, place = (
+            _item(record, name, where)
+            for name in ("story_id", "text", "photo_flickr_id", "worker_arranged_photo_order")
+        )
+        picture = f"images/val/{files.get(str(shown), f'{shown}.jpg')}"
+        stories.setdefault(str(story), []).append((int(place), text, picture))
+    queries, pool = [], []
+    for told in map(sorted, stories.values()):
+        texts, pictures = [text for _, text, _ in told], [picture for *_, picture in told]
+        pool += [(None, picture) for picture in pictures]
+        before, answer = tuple(pictures[:-1]), pictures[-1]
+        left_out: list[Content] = [(None, picture) for picture in before if picture != answer]
+        queries.append(Asked((f" {MARK} ".join(texts), before), [(None, answer)], left_out=left_out))
+    return [File("vist", 7, _STORY, queries, pool)]
+
+
+def _mtfiq(source: Path) -> list[File]:
+    def picture(name: str) -> str:
+        return f"fashioniq_images/{name}.jpg"
+
+    path, queries = source / "data/all.val.json", []
+    for number, record in enumerate(_read(path)):
+        where = f"{path}, record {number}"
+        target, rounds = _item(record, "target", where), _item(record, "reference", where)
+        try:
+            target = target[1]
+            texts = [" and ".join(filter(None, words)) for _, words, _ in rounds]
+            content = " ".join(f"{MARK} {text}" for text in texts), tuple(picture(name) for *_, name in rounds)
+        except (IndexError, TypeError, ValueError) as error:
+            raise ReleaseError(
+                f"{where}: expected target [_, picture] and reference [[_, texts, picture], ...]; is it theirs?"
+            ) from error
+        queries.append(Asked(content, [(None, picture(target))]))
+    names = _read(source / "image_splits/split.all.val.json")
+    return [File("mtfiq", 7, _ROUNDS, queries, [(None, picture(name)) for name in names])]
+
+
+def _ccneg(source: Path) -> list[File]:
+    path = source / "ccneg_preprocessed.pt"
+    try:
+        import torch  # only this file is torch's
+    except ModuleNotFoundError as error:
+        raise ReleaseError(f"{path} is a file of torch: install torch, for the CPU will do") from error
+    try:
+        data = torch.load(path, weights_only=True)
+    except FileNotFoundError as error:
+        raise ReleaseError(f"{path} is missing; docs/data.md says what is expected where") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ReleaseError(f"{path}: torch cannot read it ({error}); fetch it again") from error
+    pictures, records = (_item(data, name, str(path))[-CC_NEG_TEST:] for name in ("image_paths", "annotations"))
+    queries = []
+    for number, (picture, record) in enumerate(zip(pictures, records, strict=True)):
+        where = f"{path}, record {number} of the last {CC_NEG_TEST:,}"
+        right = _item(_item(record, "json", where), "caption", where)
+        wrong = _item(_item(record, "sop_data", where), "negative-prompt", where).replace(",", "")
+        queries.append(
+            Asked((None, "ccneg_images/" + picture.rpartition("/cc3m/")[2]), [(right, None)], [(wrong, None)])
+        )
+    return [File("ccneg", 3, _TO_TEXT, queries, [])]
+
+
 SETS: dict[str, tuple[int, Callable[[Path], list[File]]]] = {
     "sharegpt4v": (20, _sharegpt4v),
     "urban1k": (30, _urban1k),
     "flickr30k": (40, _flickr30k),
-    "circo": (50, _circo),
+    CIRCO: (50, _circo),
     "genecis": (60, _genecis),
     "visdial": (70, _visdial),
     "sugarcrepe": (80, _sugarcrepe),
+    "vist": (90, _vist),
+    "mtfiq": (100, _mtfiq),
+    "ccneg": (110, _ccneg),
 }
 """Name -> (first data set id in qids and dids, reader of the authors' files)."""
 
@@ -183,9 +282,9 @@ def _modality(content: Content) -> str:
     return "image,text" if text and picture else "text" if text else "image"
 
 
-def _lines(path: Path, lines: Iterator[str]) -> None:
+def _lines(path: Path, content: Iterator[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    path.write_text("".join(f"{line}\n" for line in content), "utf-8")
 
 
 def write(name: str, source: Path, release: Path) -> None:
@@ -217,7 +316,7 @@ def write(name: str, source: Path, release: Path) -> None:
             ),
         )
         _lines(
-            release / f"query/test/{stem}_test.jsonl",
+            release / f"query/{file.split}/{stem}_{file.split}.jsonl",
             (
                 json.dumps(
                     {
@@ -225,7 +324,7 @@ def write(name: str, source: Path, release: Path) -> None:
                         "query_txt": query.content[0],
                         "query_img_path": query.content[1],
                         "query_modality": _modality(query.content),
-                        "query_src_content": None,
+                        "query_src_content": None if query.number is None else json.dumps({"id": query.number}),
                         "pos_cand_list": [dids[number, content] for content in query.right],
                         "neg_cand_list": [dids[number, content] for content in query.wrong],
                         "task_id": file.task,
@@ -235,16 +334,15 @@ def write(name: str, source: Path, release: Path) -> None:
                 for qid, query in zip(qids, file.queries, strict=True)
             ),
         )
-        _lines(
-            release / f"qrels/test/{stem}_test_qrels.txt",
-            (
-                f"{qid} 0 {dids[number, content]} {relevance} {file.task}"
-                for qid, query in zip(qids, file.queries, strict=True)
-                for relevance, contents in ((1, query.right), (0, query.wrong))
-                for content in dict.fromkeys(contents)
-            ),
-        )
+        judged = [
+            f"{qid} 0 {dids[number, content]} {relevance} {file.task}"
+            for qid, query in zip(qids, file.queries, strict=True)
+            for relevance, contents in ((1, query.right), (0, query.wrong), (-1, query.left_out))
+            for content in dict.fromkeys(contents)
+        ]
+        if judged:
+            _lines(release / f"qrels/{file.split}/{stem}_{file.split}_qrels.txt", iter(judged))
         sides = (SIDES[side] for side in TASKS[file.task].split("2"))
         prompts.append("\t".join((*sides, file.dataset, str(number), file.prompt)))
     header = "query_modality cand_modality dataset_name dataset_id prompt_1"
-    _lines(release / "instructions/query_instructions.tsv", iter(["\t".join(header.split()), *prompts]))
+    _lines(release / "instructions/query_instructions.tsv", iter(["\t".join(header.split()), *dict.fromkeys(prompts)]))
