@@ -1,6 +1,6 @@
 """The embedded base: a small Qwen2.5-VL that learns to see and write before TRACE makes a retriever of it.
 
-python launch/build_base.py     (tokenizer, random start, this training, export; hours on 2 cores, resumable)
+python launch/build_base.py     (tokenizer, random start, this training, emoji_base_exact; hours on 2 cores, resumable)
 """
 
 from trace_jax.config import Config, Data, Loss, Model, Optimizer, Training
@@ -40,6 +40,7 @@ config = Config(
         patch_row_length=64,
         min_pixels=14 * 14,
         max_pixels=56 * 56,
+        jitter=0.1,
         weights={
             f"{what} {subject}".strip(): share for what, shares in READ.items() for subject, share in shares.items()
         },

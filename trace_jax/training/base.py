@@ -2,13 +2,13 @@
 
 `launch/build_base.py` walks through it: train a byte-level BPE on the release's training texts, write a random
 Qwen2.5-VL of a few million parameters as an ordinary Hugging Face folder, pretrain it generatively with
-configs/emoji_base.py, and export the result.
+configs/emoji_base.py and configs/emoji_base_exact.py, and export the result.
 """
 
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -30,6 +30,7 @@ from trace_jax.training.checkpoint import CheckpointError
 from trace_jax.training.metrics import read_metrics
 from trace_jax.training.train import restore_model
 
+EMBEDDED = ROOT / "trace_jax" / "assets" / "emoji_base"
 VOCABULARY = 2048  # rows of the embedding; the last few are spare, <|emb|> takes the first of them
 BPE_TOKENS = 2016
 # Qwen2.5-VL's added tokens, in its order; the first fourteen are special.
@@ -208,33 +209,43 @@ def make_start(config: Config) -> None:
     partial.rename(folder)
 
 
-def export(config: Config, folder: pathlib.Path = ROOT / "trace_jax" / "assets" / "emoji_base") -> None:
-    """Writes the trained base as a Hugging Face folder with its model card, in bfloat16."""
+def export(stages: Sequence[Config], folder: pathlib.Path) -> None:
+    """Writes what the last of these trainings made as a Hugging Face folder in bfloat16, its card telling of them all.
+
+    Raises CheckpointError when that one has no checkpoint.
+    """
+    config = stages[-1]
     processor = Processor.from_hf(config.model.base, config.data)
     restored = restore_model(config, processor, sharding.make_mesh(config.mesh))
     if restored is None:
         raise CheckpointError(f"no checkpoint of {config.name} in {config.run_dir}")
-    step, model = restored
-    graph, state = nnx.split(model)
+    graph, state = nnx.split(restored[1])
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(config.model.base, partial, ignore=shutil.ignore_patterns("*.safetensors"))
     weights.save(nnx.merge(graph, state), partial)
-    (partial / "README.md").write_text(model_card(config, step))
+    (partial / "README.md").write_text(model_card(stages))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-def model_card(config: Config, step: int) -> str:
-    """README.md of the exported folder: what it is, its data, steps, time and losses, as the run logged them."""
-    rows = read_metrics(config.run_dir)
-    examples = config.data.batch_size * step
-    between = [(b["step"] - a["step"]) * config.data.batch_size / b["examples_per_second"] for a, b in pairwise(rows)]
-    curve = "\n".join(
-        f"| {row['step']} | {row['loss']:.3f} | {row['token_accuracy']:.3f} |"
-        for row in rows[:: max(1, len(rows) // 10)] + rows[-1:]
-    )
+def model_card(stages: Sequence[Config]) -> str:
+    """README.md of the exported folder: what it is, and each stage's steps, time and losses, as its run logged them."""
+    told, curve = [], []
+    for config in stages:
+        rows, batch = read_metrics(config.run_dir), config.data.batch_size
+        seconds = sum((b["step"] - a["step"]) * batch / b["examples_per_second"] for a, b in pairwise(rows))
+        pictures = f"moved by up to {config.data.jitter:.0%}" if config.data.jitter else "as they are"
+        told.append(
+            f"  - `configs/{config.name}.py`, pictures {pictures}: {rows[-1]['step']} steps of {batch} examples, peak\n"
+            f"    learning rate {config.optimizer.learning_rate}; about {seconds / 3600:.1f} hours on two CPU cores"
+        )
+        curve += [
+            f"| {config.name} | {row['step']} | {row['loss']:.3f} | {row['token_accuracy']:.3f} |"
+            for row in [*rows[: -1 : max(1, len(rows) // 10)], rows[-1]]
+        ]
+    lines = "\n".join
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -246,14 +257,14 @@ attention, SwiGLU) of about five million parameters that describes emoji of 56x5
 give, and knows the capital, continent and currency of the countries whose flags it has seen. It is the starting point
 of `python launch/train.py emoji_tiny`, and of no other use.
 
-- Data: the generative corpus of the release `{config.data.release}`, train split alone. The drawings are Twemoji
+- Data: the generative corpus of the release `{stages[-1].data.release}`, train split alone. The drawings are Twemoji
   (c) Twitter, Inc and other contributors, CC BY 4.0, and OpenMoji, CC BY-SA 4.0; names Unicode License v3; country
   facts GeoNames, CC BY 4.0.
-- Training: {step} steps of {config.data.batch_size} examples ({examples:,} in all), every parameter, AdamW, peak
-  learning rate {config.optimizer.learning_rate}; about {sum(between) / 3600:.1f} hours on two CPU cores.
+- Training: every parameter, AdamW.
+{lines(told)}
 - Rebuild: `make base`.
 
-| step | loss (cross-entropy) | token accuracy |
-|---|---|---|
-{curve}
+| stage | step | loss (cross-entropy) | token accuracy |
+|---|---|---|---|
+{lines(curve)}
 """
