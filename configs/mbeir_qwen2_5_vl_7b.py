@@ -1,8 +1,7 @@
 """The paper's setting: Qwen2.5-VL-7B on M-BEIR-CoT, global batch 1024, on v5p (16 chips), v6e (64) or v5e (64).
 
 python launch/train.py mbeir_qwen2_5_vl_7b --workdir gs://BUCKET/trace_7b     (on every worker of the slice)
-python launch/compile_check.py mbeir_qwen2_5_vl_7b --topology v5p:2x2x4       (v6e:8x8; on any machine)
-python launch/compile_check.py mbeir_qwen2_5_vl_7b --topology v5e:8x8 --model.remat full     (and so for training there)
+python launch/compile_check.py mbeir_qwen2_5_vl_7b --topology v5p:2x2x4       (v6e:8x8, v5e:8x8; on any machine)
 
 What the paper leaves open follows LamRA's published training on M-BEIR, the nearest precedent: temperature 0.05, LoRA
 on every linear layer, at most 300 visual tokens an image, texts cut at 480 tokens, warm-up over 3 % of the steps, no
@@ -18,7 +17,7 @@ config = Config(
         base="models/qwen2_5_vl_7b",  # the hub's Qwen/Qwen2.5-VL-7B-Instruct
         lora=Lora(rank=128, alpha=256.0),  # Table 7
         attention="splash",
-        remat="attention",  # v5e's 16 GiB need "full"
+        remat="attention",  # "full" where memory is short
     ),
     data=Data(
         release="mbeir_cot",
