@@ -106,6 +106,7 @@ def test_a_remote_folder_is_staged_one_file_at_a_time(saved, monkeypatch, tmp_pa
         np.testing.assert_array_equal(loaded[path][...], value)
 
 
+@pytest.mark.parametrize("saved", [False], indirect=True, ids=["untied"])
 def test_an_int8_base_is_rounded_while_it_is_read(saved, tmp_path):
     options = {"param_dtype": jnp.int8, "lora": Lora(rank=4)}
     model = load(saved[0], **options)

@@ -78,7 +78,8 @@ def test_an_int8_base_passes_the_gradients_of_its_floats_to_the_adapters():
         leaf[...] = stored[path][...].astype(jnp.float32) * scale
 
     graph, chosen, frozen = split_model(rounded, Model.trainable)
-    expected = traverse_util.flatten_dict(gradient(*split_model(exact, Model.trainable), tiny.inputs()))
+    compiled = jax.jit(gradient, static_argnums=0)
+    expected = traverse_util.flatten_dict(compiled(*split_model(exact, Model.trainable), tiny.inputs()))
     mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     placed = {
         path: jax.device_put(leaf, sharding.sharding_of("/".join(map(str, path)), leaf.shape, mesh))
@@ -86,7 +87,7 @@ def test_an_int8_base_passes_the_gradients_of_its_floats_to_the_adapters():
     }
     inputs = jax.tree.map(lambda array: np.repeat(array, 4, axis=0), tiny.inputs())  # four shards
     with jax.set_mesh(mesh):
-        found = jax.jit(gradient, static_argnums=0)(graph, chosen, traverse_util.unflatten_dict(placed), inputs)
+        found = compiled(graph, chosen, traverse_util.unflatten_dict(placed), inputs)
     for path, value in traverse_util.flatten_dict(found).items():
         wanted = 4 * expected[path]
         np.testing.assert_allclose(value, wanted, atol=1e-4 * np.abs(wanted).max(), rtol=0, err_msg=str(path))
