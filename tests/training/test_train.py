@@ -1,7 +1,6 @@
 """The real program, on a model of a few thousand parameters."""
 
 import dataclasses
-import importlib.util
 import os
 import pathlib
 import signal
@@ -13,10 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.programs import start
 from trace_jax import sharding
 from trace_jax.chips import CHIPS
-from trace_jax.config import Mesh, load_config, to_json
+from trace_jax.config import Mesh, to_json
 from trace_jax.data.builders import mbeir
 from trace_jax.data.pipeline import training_batches
 from trace_jax.data.tokenizer import Processor
@@ -208,24 +206,6 @@ def test_weights_and_biases_by_switch(fresh_config, monkeypatch):
     assert said[0]["project"] == "trace" and said[0]["config"] == to_json(config) and said[0]["resume"] == "allow"
     step, row = said[1]
     assert step == 1 and row["loss"] == 1.5 and row["learning_rate"] == 0.5 and said[2] == "finish"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
-def test_the_real_weights_and_biases_gets_every_step(fresh_config, tmp_path):
-    """Offline, as on a machine without an account; a run that goes on is the same run of theirs."""
-    data = dataclasses.replace(fresh_config.data, weights=load_config("emoji_tiny").data.weights)
-    for steps in (2, 3):
-        config = replace(dataclasses.replace(fresh_config, data=data), steps=steps, wandb="trace")
-        process = start("train", config, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), JAX_NUM_CPU_DEVICES="2")
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors[-3000:]
-    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
-    assert len(files) == 2 and files[0].name == files[1].name  # named by the run directory
-    for file in files:
-        stored = file.read_bytes()
-        for name in (b"loss_ret", b"recall_in_batch", b"tokens_per_second", b"row_length"):
-            assert name in stored, name
 
 
 @pytest.mark.parametrize(
