@@ -12,6 +12,10 @@ _7b = load_config("mbeir_qwen2_5_vl_7b")
 config = dataclasses.replace(
     _7b,
     name="mbeir_qwen2_5_vl_3b",
-    model=dataclasses.replace(_7b.model, base="models/qwen2_5_vl_3b"),  # the hub's Qwen/Qwen2.5-VL-3B-Instruct
+    model=dataclasses.replace(
+        _7b.model,
+        base="models/qwen2_5_vl_3b",  # the hub's Qwen/Qwen2.5-VL-3B-Instruct
+        remat="full",  # a v5e chip has 16 GiB
+    ),
     evaluation=dataclasses.replace(_7b.evaluation, mesh=Mesh(data=-1, fsdp=1, tensor=2)),  # it has two key heads
 )

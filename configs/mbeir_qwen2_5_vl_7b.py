@@ -17,7 +17,7 @@ config = Config(
         base="models/qwen2_5_vl_7b",  # the hub's Qwen/Qwen2.5-VL-7B-Instruct
         lora=Lora(rank=128, alpha=256.0),  # Table 7
         attention="splash",
-        remat="full",
+        remat="attention",  # "full" where memory is short
     ),
     data=Data(
         release="mbeir_cot",

@@ -38,9 +38,11 @@ class Model:
     lora: Lora | None = Lora()
     trainable: tuple[str, ...] = (r"projector/.*", r".*/lora_[ab]", r"emb_row")  # regexes on parameter paths
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; norms, softmax, rotary and losses are float32
-    param_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's; adapters and projector are float32
+    # The base's; adapters and projector are float32. int8: the decoder's kernels, with a scale a column; the rest of
+    # the base is bfloat16.
+    param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "attention", "full"] = "full"  # what is kept for the backward pass
     attention: Literal["xla", "splash"] = "xla"  # splash is a TPU kernel: no scores in memory
 
 

@@ -1,6 +1,7 @@
 """Counted FLOPs against hand counts, and what the architecture needs against what a step does."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from tests import tiny
 from trace_jax import sharding
 from trace_jax.compile_check import flops, programs, report
 from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, load_config
+from trace_jax.model.attention import attention
 from trace_jax.model.flops import model_flops
 
 CONFIG = Config(
@@ -54,7 +56,47 @@ def test_loops_multiply_and_dead_products_do_not_count():
     assert flops.program_flops(jax.make_jaxpr(wasteful)(x)) == 2 * 8 * 16 * 4
 
 
-@pytest.mark.parametrize(("remat", "most"), [("none", 1.1), ("full", 1.4)])
+def test_a_causal_kernel_counts_the_blocks_that_it_computes():
+    """2048 slots in blocks of 512: 10 of 16 blocks. Two products forward; seven backward, in two kernels."""
+    q, kv = (jax.ShapeDtypeStruct((2, heads, 2048, 128), jnp.bfloat16) for heads in (4, 2))
+    segments = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+
+    def attend(q, k, v, segments, causal=True):
+        same = {"segments_q": segments, "segments_kv": segments}
+        return attention(q, k, v, **same, causal=causal, backend="splash")
+
+    def total(*arguments):
+        return attend(*arguments).astype(jnp.float32).sum()
+
+    def looped(q, k, v, segments):  # constants pass through the loop, its remat and the map over devices
+        body = jax.checkpoint(lambda q, _: (attend(q, k, v, segments), None))
+        return jax.lax.scan(body, q, None, length=3)[0].astype(jnp.float32).sum()
+
+    product = 2 * 2 * 4 * 2048 * 2048 * 128
+
+    def products(function):
+        return flops.program_flops(jax.jit(function).trace(q, kv, kv, segments).jaxpr) / product
+
+    assert products(attend) == 2 * 10 / 16
+    assert products(functools.partial(attend, causal=False)) == 2
+    assert products(jax.grad(total)) == pytest.approx(9 * 10 / 16, rel=1e-3)
+    with jax.set_mesh(sharding.make_mesh(Mesh(data=2), jax.devices()[:2])):
+        assert products(jax.grad(looped)) == pytest.approx(3 * 11 * 10 / 16, rel=1e-3)
+
+
+def test_int8_halves_the_frozen_kernels_of_a_device():
+    config = load_config("mbeir_qwen2_5_vl_7b")
+    mesh = sharding.make_mesh(Mesh(data=1, fsdp=4), jax.devices()[:4])
+    architecture = programs.read_architecture(config)
+    whole, rounded = (
+        report.device_bytes(programs.abstract_model(replaced(config, param_dtype=dtype), architecture, mesh))
+        for dtype in ("bfloat16", "int8")
+    )
+    kernels = 28 * (2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944)
+    assert whole - rounded == pytest.approx(kernels / 4, rel=0.01)  # a byte of two; scales are few
+
+
+@pytest.mark.parametrize(("remat", "most"), [("none", 1.1), ("attention", 1.3), ("full", 1.4)])
 def test_a_step_does_little_more_than_the_model_needs(remat, most):
     """The real layers and widths, reduced in depth; the attention's masked half is the largest part of the rest."""
     config = replaced(load_config("mbeir_qwen2_5_vl_7b"), remat=remat, attention="xla")

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from trace_jax import sharding
 from trace_jax.config import Lora, Mesh
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.layers import quantized
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 MESH = Mesh(data=2, fsdp=2, tensor=2)
@@ -104,6 +106,33 @@ def test_a_remote_folder_is_staged_one_file_at_a_time(saved, monkeypatch, tmp_pa
         np.testing.assert_array_equal(loaded[path][...], value)
 
 
+@pytest.mark.parametrize("saved", [False], indirect=True, ids=["untied"])
+def test_an_int8_base_is_rounded_while_it_is_read(saved, tmp_path):
+    options = {"param_dtype": jnp.int8, "lora": Lora(rank=4)}
+    model = load(saved[0], **options)
+    parameters = weights.flat_parameters(model)
+    for path, leaf in parameters.items():
+        if path not in saved[1]:
+            continue
+        if f"{path}_scale" not in parameters:
+            assert leaf.dtype == (jnp.float32 if path.startswith("projector/") else jnp.bfloat16)
+            continue
+        values, scale = jax.jit(quantized)(saved[1][path].astype(jnp.bfloat16))
+        np.testing.assert_array_equal(leaf[...], values, err_msg=path)
+        np.testing.assert_allclose(parameters[f"{path}_scale"][...], scale, rtol=1e-6)
+    kernel = parameters["language/layers/mlp/gate_proj/kernel"][...]
+    assert kernel.dtype == jnp.int8 and kernel.addressable_shards[0].data.size == kernel.size // 4
+    with pytest.raises(ValueError, match="a base in int8 is not written"):
+        weights.save(model, tmp_path / "no")
+
+    base = load(saved[0], param_dtype=jnp.bfloat16)
+    weights.save_base(base, tmp_path / "base", str(saved[0]))
+    (tmp_path / "base" / "config.json").write_text((saved[0] / "config.json").read_text())
+    again = weights.flat_parameters(load(tmp_path / "base", Mesh(data=1, fsdp=8), **options))
+    for path in parameters.keys() & (saved[1].keys() | {f"{path}_scale" for path in saved[1]}):
+        np.testing.assert_array_equal(again[path][...], parameters[path][...], err_msg=path)
+
+
 def test_a_cut_file_is_an_error_that_names_it(saved, tmp_path):
     for file in saved[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -118,7 +147,7 @@ def test_a_cut_file_is_an_error_that_names_it(saved, tmp_path):
 
 def test_a_base_in_our_own_layout_is_the_same_base(saved, tmp_path):
     model = load(saved[0], param_dtype=jnp.bfloat16)
-    weights.save_base(model, tmp_path / "base", {"source": "x", "fingerprint": weights.fingerprint(saved[0])})
+    weights.save_base(model, tmp_path / "base", str(saved[0]))
     (tmp_path / "base" / "config.json").write_text((saved[0] / "config.json").read_text())
     assert weights.fingerprint(tmp_path / "base") == weights.fingerprint(saved[0])
     options = {"lora": Lora(rank=4), "emb_token_id": tiny.EMB, "param_dtype": jnp.bfloat16}

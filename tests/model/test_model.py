@@ -12,6 +12,7 @@ from tests import tiny
 from trace_jax.config import Lora
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.layers import quantized
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 LORA = Lora(rank=4, alpha=8.0)
@@ -41,7 +42,13 @@ def reference():
 
 @pytest.mark.parametrize(
     "options",
-    [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}, {"remat": "full", "scan_layers": False}],
+    [
+        {"scan_layers": False},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "attention"},
+        {"remat": "full", "scan_layers": False},
+    ],
     ids=str,
 )
 def test_ways_to_run_agree(reference, options):
@@ -77,6 +84,30 @@ def test_bfloat16():
     cosine = (hidden * exact).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(exact, axis=-1)
     assert cosine[real].min() > 0.99
     assert jnp.isfinite(jax.jit(jax.grad(loss))(model, tiny.inputs()).emb_row[...]).all()
+
+
+def test_an_int8_base_is_the_base_but_for_rounding(reference):
+    model, inputs = make(param_dtype=jnp.int8), tiny.inputs()
+    exact, rounded = (weights.flat_parameters(each) for each in (make(), model))
+    for path, leaf in rounded.items():
+        if not path.startswith("language/layers/") or not path.endswith("/kernel"):
+            assert leaf.dtype != jnp.int8, path
+            continue
+        assert leaf.dtype == jnp.int8
+        values, scale = np.asarray(leaf[...], np.float32), np.asarray(rounded[f"{path}_scale"][...])
+        assert scale.shape == (leaf.shape[0], leaf.shape[2]) and np.abs(values).max() == 127
+        off = np.abs(values * scale[:, None] - exact[path][...])
+        assert (off <= 0.501 * scale[:, None]).all(), path
+    real, hidden = inputs.segments > 0, READ(model, inputs)
+    cosine = (hidden * reference[0]).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(reference[0], axis=-1)
+    assert cosine[real].min() > 0.999
+    np.testing.assert_allclose(READ(make(param_dtype=jnp.int8, scan_layers=False), inputs), hidden, atol=1e-5)
+
+
+def test_a_column_of_zeros_can_be_quantized():
+    values, scale = quantized(jnp.array([[0.0, 1.0], [0.0, -254.0]]))
+    np.testing.assert_array_equal(values, [[0, 0], [0, -127]])
+    np.testing.assert_array_equal(scale, [1, 2])
 
 
 def test_padding_and_neighbours_change_nothing():

@@ -64,6 +64,37 @@ def test_frozen_parameters_have_no_gradient_and_no_optimizer_state(tiny_config, 
     assert paths(shapes) == paths(chosen)
 
 
+def test_an_int8_base_passes_the_gradients_of_its_floats_to_the_adapters():
+    """Also where it is split over a mesh; the kernels themselves cannot train."""
+    options = {"lora": Lora(rank=4, alpha=8.0), "emb_token_id": tiny.EMB}
+    rounded = Qwen2_5_VL(tiny.architecture(), **options, param_dtype=jnp.int8, rngs=nnx.Rngs(0))
+    exact = Qwen2_5_VL(tiny.architecture(), **options, rngs=nnx.Rngs(0))
+    stored = flat_parameters(rounded)
+    for path, leaf in stored.items():
+        if path.endswith("lora_b"):
+            leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    for path, leaf in flat_parameters(exact).items():
+        scale = stored[f"{path}_scale"][...][:, None] if f"{path}_scale" in stored else jnp.float32(1)
+        leaf[...] = stored[path][...].astype(jnp.float32) * scale
+
+    graph, chosen, frozen = split_model(rounded, Model.trainable)
+    compiled = jax.jit(gradient, static_argnums=0)
+    expected = traverse_util.flatten_dict(compiled(*split_model(exact, Model.trainable), tiny.inputs()))
+    mesh = sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
+    placed = {
+        path: jax.device_put(leaf, sharding.sharding_of("/".join(map(str, path)), leaf.shape, mesh))
+        for path, leaf in traverse_util.flatten_dict(frozen).items()
+    }
+    inputs = jax.tree.map(lambda array: np.repeat(array, 4, axis=0), tiny.inputs())  # four shards
+    with jax.set_mesh(mesh):
+        found = compiled(graph, chosen, traverse_util.unflatten_dict(placed), inputs)
+    for path, value in traverse_util.flatten_dict(found).items():
+        wanted = 4 * expected[path]
+        np.testing.assert_allclose(value, wanted, atol=1e-4 * np.abs(wanted).max(), rtol=0, err_msg=str(path))
+    with pytest.raises(ValueError, match="is int8 and cannot train"):
+        split_model(rounded, FULL)
+
+
 def test_full_fine_tuning_trains_everything(tiny_config):
     _, graph, chosen, frozen = split(FULL, None)
     optimizer = make_optimizer(dataclasses.replace(tiny_config.optimizer, warmup_steps=0), 10)

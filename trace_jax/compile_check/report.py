@@ -17,7 +17,7 @@ from trace_jax.model.flops import model_flops
 
 KINDS = ("train", "prefill", "decode")
 ASSUMPTIONS = (
-    "compute: hardware FLOPs at the chip's published bfloat16 peak",
+    "compute: hardware FLOPs at the chip's published bfloat16 peak; blocks that causal attention skips do not count",
     "HBM: bytes of the operands and results of every kernel, as laid out by the compiler, at the published bandwidth",
     "interconnect: bytes that ring algorithms send, at the published sum of a chip's links, all of them busy",
     "a bound is the largest of the three, as if they overlapped fully: no step can be faster; none was measured",

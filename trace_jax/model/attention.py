@@ -10,10 +10,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
+from trace_jax.model.layers import ATTENTION
 
 Array = jax.Array
 Backend = Literal["xla", "splash"]
@@ -49,10 +51,11 @@ def attention(
     if length != slots and (causal or backend == "splash"):
         kind = "causal" if causal else "splash"
         raise ValueError(f"{kind} attention of {length} queries to {slots} keys; say what is seen by segments, in xla")
+    q, k, v = (checkpoint_name(x, ATTENTION) for x in (q, k, v))
     if backend == "splash":
         return _splash(q, k, v, segments_q, segments_kv, causal)
     if not causal:
-        return _attend(q, k, v, _same_segment(segments_q, segments_kv))
+        return checkpoint_name(_attend(q, k, v, _same_segment(segments_q, segments_kv)), ATTENTION)
     block = length // CAUSAL_BLOCKS if length >= 128 and length % CAUSAL_BLOCKS == 0 else length
     parts = []
     for start in range(0, length, block):  # a block of queries leaves out the keys after it
@@ -60,7 +63,7 @@ def attention(
         earlier = jnp.tril(jnp.ones((block, start + block), bool), start)[None]
         seen = earlier & _same_segment(segments_q[:, rows], segments_kv[:, keys])
         parts.append(_attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen))
-    return jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    return checkpoint_name(jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], ATTENTION)
 
 
 def attend_to_cache(q: Array, k: Array, v: Array, lengths: Array) -> Array:
@@ -139,5 +142,6 @@ def _splash_kernel(group: int, length: int, causal: bool) -> Callable[[Array, Ar
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION,
         interpret=sharding.platform() == "cpu",
     )

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.attention import Backend, attend_to_cache, attention
 from trace_jax.model.layers import (
+    ATTENTION,
     DTypes,
     Linear,
     Remat,
@@ -89,7 +91,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None) -> tuple[Array, Any]:
         """As `SelfAttention`."""
         y, kept = self.self_attn(self.input_layernorm(x), rotary, attend, dropout)
-        x = x + y
+        x = x + checkpoint_name(y, ATTENTION)
         return x + self.mlp(self.post_attention_layernorm(x), dropout), kept
 
 

@@ -20,7 +20,9 @@ from trace_jax import sharding
 from trace_jax.config import Lora
 
 Array = jax.Array
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "attention", "full"]
+INT8 = 127.0  # the largest value of a quantised kernel
+ATTENTION = "attention"  # what attention reads and gives, by the name that a remat policy knows it by
 M = TypeVar("M", bound=nnx.Module)
 
 
@@ -30,6 +32,17 @@ class DTypes:
 
     compute: jnp.dtype
     params: jnp.dtype
+    int8: bool = False  # kernels are stored as `quantized` makes them
+
+
+def quantized(kernel: Array) -> tuple[Array, Array]:
+    """A kernel [..., in, out] as int8 [..., in, out] and the float32 scale [..., out] of its columns, whose product it
+    is but for rounding: at most half a scale.
+    """
+    kernel = kernel.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
+    scale = jnp.where(largest > 0, largest / INT8, jnp.float32(1))
+    return jnp.round(kernel / scale).astype(jnp.int8), scale[..., 0, :]
 
 
 def with_adapter(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> Array:
@@ -40,8 +53,9 @@ def with_adapter(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> A
 class Linear(nnx.Module):
     """y = x kernel + bias + scale (drop(x) lora_a) lora_b, in `dtypes.compute`.
 
-    `kernel` [in, out]; `bias` [out]; `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b`
-    [rank, out], zeros. Bias and adapters are optional.
+    `kernel` [in, out], or with `dtypes.int8` as `quantized` makes it, with `kernel_scale` [out] float32; `bias` [out];
+    `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b` [rank, out], zeros. Bias and adapters are
+    optional.
     """
 
     def __init__(
@@ -55,7 +69,9 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), jnp.float32)
-        self.kernel = nnx.Param(kernel.astype(dtypes.params))
+        stored, column = quantized(kernel) if dtypes.int8 else (kernel.astype(dtypes.params), None)
+        self.kernel = nnx.Param(stored)
+        self.kernel_scale = None if column is None else nnx.Param(column)
         self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.params)) if bias else None
         rank = 0 if lora is None else lora.rank
         limit = 1 / math.sqrt(in_features)
@@ -74,6 +90,9 @@ class Linear(nnx.Module):
         leading = x.shape[:-1]
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(self.dtype)
+        if self.kernel_scale is not None:
+            y = y.astype(jnp.float32)
+            y = (y * _row(self.kernel_scale[...], y)).astype(self.dtype)
         if self.lora_a is not None and self.lora_b is not None:
             seen = x
             if dropout is not None and self.dropout:
@@ -213,7 +232,8 @@ def run_layers(
 
     On a mesh each layer's weights are gathered in the body, one layer at a time (`sharding.gathered`). `scan` compiles
     one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves only the input of each
-    layer for the backward pass, "dots" also the products with weights, "none" everything.
+    layer for the backward pass, "attention" also what attention reads and gives, so that only the MLP is computed
+    again, "dots" the products with weights, "none" everything.
     """
 
     def gathering(layer: nnx.Module, x: Array, one: Any) -> tuple[Array, Any]:
@@ -223,10 +243,13 @@ def run_layers(
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
+    elif remat == "attention":
+        policy = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+        run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
     elif remat == "full":
         run = jax.checkpoint(run, prevent_cse=not scan)
     elif remat != "none":
-        raise ValueError(f"remat {remat!r} is none of 'none', 'dots', 'full'")
+        raise ValueError(f"remat {remat!r} is none of 'none', 'dots', 'attention', 'full'")
     count = len(extra)
     if scan:
         x, kept = jax.lax.scan(lambda x, each: run(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))

@@ -1,5 +1,6 @@
 """Qwen2.5-VL: vision encoder, projector and decoder together, with the learned row of <|emb|>."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -57,8 +58,9 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     `emb_row` [D] float32 is the learned <|emb|>: it stands in for row `emb_token_id` of the head and of the input
     embedding. `lora` adapts the decoder's linear layers. `dtype` is what matrix products run in, `param_dtype` what
-    the base is stored in; LoRA, projector and emb_row are stored in float32. Raises ValueError for an emb_token_id
-    outside the vocabulary or unknown LoRA targets or a dropout outside [0, 1).
+    the base is stored in, where int8 means the decoder's kernels, and bfloat16 for the rest; LoRA, projector and
+    emb_row are stored in float32. Raises ValueError for an emb_token_id outside the vocabulary or unknown LoRA targets
+    or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -82,11 +84,12 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             raise ValueError(f"LoRA targets {sorted(set(lora.targets) - set(known))} are none of {known}")
         if lora is not None and not 0 <= lora.dropout < 1:
             raise ValueError(f"LoRA dropout {lora.dropout} is not in [0, 1)")
-        dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(param_dtype))
+        int8 = jnp.dtype(param_dtype) == jnp.int8
+        dtypes = DTypes(jnp.dtype(dtype), jnp.dtype(jnp.bfloat16 if int8 else param_dtype))
         run = {"scan_layers": scan_layers, "remat": remat, "attention": attention}
         self.vision = VisionEncoder(architecture.vision, dtypes=dtypes, rngs=rngs, **run)
         self.projector = Projector(architecture.vision, dtypes=dtypes, rngs=rngs)
-        self.language = Decoder(language, lora=lora, dtypes=dtypes, rngs=rngs, **run)
+        self.language = Decoder(language, lora=lora, dtypes=dataclasses.replace(dtypes, int8=int8), rngs=rngs, **run)
         self.lm_head = (
             None
             if language.tie_embeddings

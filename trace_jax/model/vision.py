@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from trace_jax import sharding
 from trace_jax.model.architecture import VisionArchitecture
 from trace_jax.model.attention import Backend, attention
 from trace_jax.model.layers import (
+    ATTENTION,
     DTypes,
     Linear,
     Remat,
@@ -69,7 +71,7 @@ class VisionBlock(nnx.Module):
 
     def __call__(self, x: Array, rotary: Rotary, segments: Array, backend: Backend) -> Array:
         """Shapes as `VisionAttention`."""
-        x = x + self.attn(self.norm1(x), rotary, segments, backend)
+        x = x + checkpoint_name(self.attn(self.norm1(x), rotary, segments, backend), ATTENTION)
         return x + self.mlp(self.norm2(x))
 
 

@@ -29,7 +29,7 @@ from flax import nnx
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import Architecture
-from trace_jax.model.layers import with_adapter
+from trace_jax.model.layers import quantized, with_adapter
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 # path of one of our modules -> prefix of its tensors in the hub's checkpoints; {layer} counts along the leading axis
@@ -68,14 +68,14 @@ def flat_parameters(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Source]:
-    """The tensors of every parameter that a Hugging Face checkpoint holds; LoRA and emb_row have none.
+    """The tensors of every parameter that a Hugging Face checkpoint holds; LoRA, emb_row and scales of int8 have none.
 
     Raises ValueError when a path matches no row of the table.
     """
     table = {}
     for path, shape in shapes.items():
         module, _, leaf = path.rpartition("/")
-        if leaf in ("lora_a", "lora_b", "emb_row"):
+        if leaf in ("lora_a", "lora_b", "emb_row", "kernel_scale"):
             continue
         matches = [match.expand(name) for rule, name in TABLE if (match := re.fullmatch(rule, module))]
         if len(matches) != 1 or leaf not in LEAVES:
@@ -212,13 +212,15 @@ def read(file: pathlib.Path, name: str, source: Source, like: jax.ShapeDtypeStru
 def _read_safetensors(
     folder: epath.Path, table: Mapping[str, Source], abstract: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The parameters of the table, file by file; errors as `load`."""
+    """The parameters of the table, and the scales of those in int8, file by file; errors as `load`."""
     checkpoint = Checkpoint(folder)
     check(checkpoint.shapes, {key: source.shape for source in table.values() for key in source.keys}, "config.json")
     owners = {key: (path, layer) for path, source in table.items() for layer, key in enumerate(source.keys)}
     arrays: dict[str, jax.Array] = {}
     place: dict[str, Callable[..., jax.Array]] = {}
-    for path in (path for path, source in table.items() if source.stacked):
+    wanted = {path: _floating(abstract[path]) for path in table}
+    stacks = [path for path, source in table.items() if source.stacked]
+    for path in (*stacks, *(f"{path}_scale" for path in stacks if abstract[path].dtype == jnp.int8)):
         like = abstract[path]
         arrays[path] = jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
         place[path] = jax.jit(
@@ -231,8 +233,9 @@ def _read_safetensors(
             for key, name in tensors.items():
                 path, layer = owners[key]
                 if path in place:
-                    one = read(local, name, table[path], _of_layer(abstract[path]))
-                    arrays[path] = place[path](arrays[path], one, layer)
+                    one = read(local, name, table[path], _of_layer(wanted[path]))
+                    for part, value in _stored(path, one, abstract).items():
+                        arrays[part] = place[part](arrays[part], value, layer)
                 else:
                     arrays[path] = read(local, name, table[path], abstract[path])
     return arrays
@@ -247,13 +250,36 @@ def _of_layer(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(stack.shape[1:], stack.dtype, sharding=sharding)
 
 
-def _read_base(folder: epath.Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """The parameters of a base in our own layout; every process reads its own shards. Errors as `load`."""
+def _floating(like: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """What is read for a parameter: the hub's bfloat16 for one in int8."""
+    dtype = jnp.bfloat16 if like.dtype == jnp.int8 else like.dtype
+    return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+
+
+def _stored(path: str, value: jax.Array, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    """A parameter, or a layer of it, as the model stores it: by its path, and in int8 its scale by another."""
+    if abstract[path].dtype != jnp.int8:
+        return {path: value}
+    parts = path, f"{path}_scale"
+    likes = [abstract[part] if value.ndim == len(abstract[path].shape) else _of_layer(abstract[part]) for part in parts]
+    quantize = jax.jit(quantized, out_shardings=tuple(like.sharding for like in likes))
+    return dict(zip(parts, quantize(value), strict=True))
+
+
+def _read_base(
+    folder: epath.Path, table: Mapping[str, Source], abstract: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """As `_read_safetensors`, of a base in our own layout: every process reads its own shards, all before any is
+    stored in int8.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(folder / PARAMETERS).item_metadata
         shapes = {path: tuple(leaf.shape) for path, leaf in stored.items()}
-        check(shapes, {path: leaf.shape for path, leaf in wanted.items()}, "config.json")
-        return checkpointer.restore(folder / PARAMETERS, wanted)
+        check(shapes, {path: abstract[path].shape for path in table}, "config.json")
+        arrays = checkpointer.restore(folder / PARAMETERS, {path: _floating(abstract[path]) for path in table})
+    for path in table:
+        arrays |= _stored(path, arrays.pop(path), abstract)
+    return arrays
 
 
 def load(
@@ -290,11 +316,11 @@ def load(
     }
     table = sources(architecture, {path: leaf.shape for path, leaf in abstract.items()})
     if (folder / PARAMETERS).exists():
-        arrays = _read_base(folder, {path: abstract[path] for path in table})
+        arrays = _read_base(folder, table, abstract)
     else:
         arrays = _read_safetensors(folder, table, abstract)
 
-    new = [path for path in abstract if path not in table]
+    new = [path for path in abstract if path not in arrays]
 
     def fresh() -> dict[str, jax.Array]:
         drawn = flat_parameters(make())
@@ -360,8 +386,11 @@ def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, dtype: Any = None, sh
 
     LoRA is merged into the kernels, emb_row written into the embedding's and the head's row, one tensor at a time.
     `dtype` is that of the files (default: each parameter's own). Files hold at most `shard_bytes` (one tensor at
-    least); host memory holds one file. A model that is spread over several processes cannot be saved.
+    least); host memory holds one file. A model that is spread over several processes cannot be saved; one in int8
+    raises ValueError.
     """
+    if model.language.layers.mlp.down_proj.kernel_scale is not None:
+        raise ValueError("a base in int8 is not written: it is rounded; load it in bfloat16 (--model.param-dtype)")
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
@@ -400,8 +429,9 @@ def save(model: Qwen2_5_VL, folder: str | pathlib.Path, *, dtype: Any = None, sh
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def save_base(model: Qwen2_5_VL, folder: str | pathlib.Path | epath.Path, origin: Mapping[str, Any]) -> None:
-    """Writes the base's parameters in our own layout (Orbax), local or remote, and `origin`, with its "fingerprint".
+def save_base(model: Qwen2_5_VL, folder: str | pathlib.Path | epath.Path, source: str) -> None:
+    """Writes the base's parameters in our own layout (Orbax), local or remote, with the name and the fingerprint of
+    the Hugging Face folder `source` that they are of.
 
     The model has no adapters and no emb_row. Every process writes its own shards.
     """
@@ -409,5 +439,6 @@ def save_base(model: Qwen2_5_VL, folder: str | pathlib.Path | epath.Path, origin
     parameters = {path: leaf[...] for path, leaf in flat_parameters(model).items()}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / PARAMETERS, parameters)
-    if jax.process_index() == 0:
-        (folder / ORIGIN).write_text(json.dumps(dict(origin), indent=2) + "\n")
+    if jax.process_index() == 0:  # alone: a fingerprint reads every file of the source
+        origin = {"source": source, "fingerprint": fingerprint(source)}
+        (folder / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")

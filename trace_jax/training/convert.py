@@ -6,6 +6,7 @@ merged or as a PEFT adapter, with a model card whose snippet embeds queries with
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from trace_jax import sharding
 from trace_jax.config import Config, Lora
@@ -65,14 +67,14 @@ def convert_base(source: str, folder: str, mesh: jax.sharding.Mesh, dtype: str) 
     there already; other errors as `weights.load`.
     """
     target = epath.Path(folder)
-    if target.exists():
+    if multihost_utils.broadcast_one_to_all(np.array(target.exists())):  # a process that is late sees others' files
         raise FileExistsError(f"{folder} is there already; choose another or remove it")
     model = weights.load(
         source,
         shardings=lambda path, shape: sharding.sharding_of(path, shape, mesh),
         param_dtype=jnp.dtype(dtype),
     )
-    weights.save_base(model, target, {"source": source, "fingerprint": weights.fingerprint(source)})
+    weights.save_base(model, target, source)
     if jax.process_index() == 0:
         with local_files(source) as texts:
             for file in _texts(texts):
@@ -85,6 +87,8 @@ def export_merged(config: Config, folder: str, *, step: int | None = None, dtype
     `dtype` is that of the files, by default the base's. Raises CheckpointError when there is no checkpoint,
     FileExistsError when `folder` is there already, and ValueError for an ablation that embeds otherwise than TRACE.
     """
+    if config.model.param_dtype == "int8":  # the base's own weights are merged into, not their rounding
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
     with _whole(folder) as partial:
         processor, step, model = _restored(config, step)
         _copy_texts(config, processor, partial)

@@ -76,7 +76,7 @@ def model_identity(config: Config) -> str:
 def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.GraphDef, dict, dict]:
     """Splits a model into its graph, and two nested dicts: the parameters that train, and all others.
 
-    Raises ValueError when a pattern matches no parameter.
+    Raises ValueError when a pattern matches no parameter, or one in int8.
     """
     graph, state = nnx.split(model)
     flat = dict(nnx.to_flat_state(state))
@@ -85,6 +85,8 @@ def split_model(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> tuple[nnx.Grap
         if not any(re.fullmatch(pattern, path) for path in paths.values()):
             raise ValueError(f"model.trainable: {pattern!r} matches no parameter; there are {sorted(paths.values())}")
     chosen = {key for key, path in paths.items() if any(re.fullmatch(pattern, path) for pattern in trainable)}
+    if rounded := sorted(paths[key] for key in chosen if flat[key].dtype == jnp.int8):
+        raise ValueError(f"model.trainable: {rounded[0]} is int8 and cannot train; choose another --model.param-dtype")
     parts = [
         nnx.from_flat_state({k: v for k, v in flat.items() if (k in chosen) == wanted}) for wanted in (True, False)
     ]
