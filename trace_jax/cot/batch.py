@@ -6,15 +6,16 @@ file or number.
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from trace_jax.cot.cache import Answer, Cache
-from trace_jax.cot.client import TransientError, key_of, parse, payload
-from trace_jax.cot.pipeline import Build, neighbours
+from trace_jax.cot.cache import Cache
+from trace_jax.cot.client import REJECTED, TransientError, key_of, parse, payload, rejection
+from trace_jax.cot.pipeline import Build, UnfinishedError, need_stage_before, neighbours
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import read_rows, write_lines
-from trace_jax.cot.stages import STAGES
+from trace_jax.cot.stages import STAGES, Stage
 from trace_jax.cot.teacher import dollars
 from trace_jax.data.builders import mbeir
 
@@ -27,31 +28,37 @@ def folder(build: Build, stage: str) -> Path:
     return build.output / "batch" / stage
 
 
+def _asking(build: Build, stage: str) -> Stage:
+    return STAGES[stage](build.config, Prompts(build.config.prompts), build.release)
+
+
 def read_answers(build: Build, stage: str) -> int:
     """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again."""
-    model = STAGES[stage](build.config, Prompts(build.config.prompts), build.release).model()
+    model = _asking(build, stage).model()
     cache, count = Cache(build.cache), 0
     for path in sorted(folder(build, stage).glob("answers*.jsonl")):
-        for _, record in mbeir.lines(path):
+        for where, record in mbeir.lines(path):
+            if not isinstance(key := record.get("custom_id"), str):
+                raise mbeir.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
             response = record.get("response") or {}
-            status = response.get("status_code")
+            status, body = response.get("status_code"), response.get("body")
             if status == 200:
                 try:
-                    answer = parse(response["body"])
-                except (TransientError, KeyError):
+                    answer = parse(body)
+                except TransientError:
                     continue
-            elif status in (400, 413, 422):
-                answer = Answer("", error=f"HTTP {status}: {json.dumps(response.get('body'))[:200]}")
+            elif status in REJECTED:
+                answer = rejection(status, json.dumps(body))
             else:
                 continue
-            cache.put(record["custom_id"], stage, model.model, answer, dollars(answer, model))
+            cache.put(key, stage, model.model, answer, dollars(answer, model))
             count += 1
     cache.close()
     return count
 
 
 def _open_requests(build: Build, stage: str, parts: list[str]) -> Iterator[str]:
-    asking = STAGES[stage](build.config, Prompts(build.config.prompts), build.release)
+    asking = _asking(build, stage)
     cache, before, seen = Cache(build.cache), neighbours(build, stage)[0], set[str]()
     for part in parts:
         for row in read_rows(before / part):
@@ -88,3 +95,17 @@ def write_requests(build: Build, stage: str, parts: list[str]) -> list[Path]:
             flush()
     flush()
     return written
+
+
+def exchange(build: Build, stage: str, parts: list[str]) -> None:
+    """Reads the answers that are there. Raises UnfinishedError, with the files to send, while some are missing."""
+    if _asking(build, stage).model().kind == "metadata":
+        return
+    need_stage_before(build, stage, parts)
+    logging.info("%s: %s answers read", stage, f"{read_answers(build, stage):,}")
+    if files := write_requests(build, stage, parts):
+        names = "\n".join(f"  {path}" for path in files)
+        raise UnfinishedError(
+            f"stage {stage} waits for its batch. Send these files:\n{names}\nPut what comes back beside them as"
+            " answers*.jsonl, and run the same command again."
+        )

@@ -57,10 +57,10 @@ class Filters:
     refusals: tuple[str, ...] = (
         r"\b(I'm|I am) (sorry|unable|not able)\b",
         r"\bI (can't|cannot|can not|won't) (assist|help|provide|answer|see|view|identify|determine|comply|fulfil)",
-        r"\bas an? (AI|language model|assistant)\b",
+        r"\bas an? (AI|((large |AI )?language model)|((helpful|virtual|AI) assistant))\b",
         r"(^|>)\s*(sure|certainly|of course)[,!]",
         r"\bhere('s| is) (the|your|my) (answer|reasoning|response)",
-        r"\b(feel free|let me know|hope this helps)\b",
+        r"\b(feel free to|let me know|hope this helps)\b",
         r"no image (was|is|has been) (provided|attached|given)",
     )
     duplicate_similarity: float = 0.8  # Jaccard, of character 5-grams of the queries, where picture and answer agree

@@ -25,8 +25,8 @@ from trace_jax.cot.stages import STAGES, Stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
 from trace_jax.data.builders import mbeir
 
-VERSION = "1.0.0"
-"""Rises whenever a stage makes other rows of the same options."""
+VERSION = "1.1.0"
+"""Rises whenever a stage makes other rows or files of the same options."""
 
 NAMES = ("assess", "generate", "filter", "verify")
 _LOCAL = "DirectRunner"
@@ -47,6 +47,11 @@ class Build:
     output: Path
     runner: str = _LOCAL
     beam_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        made = self.output / "release"
+        if made.is_symlink() or made.resolve() == self.release.resolve():
+            raise ValueError(f"{made} is another data set's, and would be overwritten: choose another --output")
 
     @property
     def work(self) -> Path:
@@ -86,7 +91,7 @@ def folders(build: Build) -> dict[str, Path]:
     config = build.config
     words = (Path(prompts.__file__).parent / f"prompts/{config.prompts}.toml").read_bytes()
     prompt = hashlib.sha256(words).hexdigest()
-    instructions = (build.release / "instructions/query_instructions.tsv").read_text("utf-8")
+    instructions = sorted(mbeir.read_instructions(build.release).items())
     depends: dict[str, list[Any]] = {
         "source": [
             mbeir.fingerprint(build.release),
@@ -242,7 +247,7 @@ def _filter(build: Build, parts: list[str]) -> None:
 
 
 def read_source(build: Build) -> list[str]:
-    """The parts of the release's queries, which are written unless they are there."""
+    """The parts of the release's queries, which are written unless they are there. Raises ReleaseError."""
     folder = folders(build)["source"]
     index = folder / "parts.json"
     if not index.exists():
@@ -257,15 +262,20 @@ def missing_parts(build: Build, stage: str, parts: list[str]) -> list[str]:
     return [part for part in parts if not (folder / part).exists()]
 
 
+def need_stage_before(build: Build, stage: str, parts: list[str]) -> None:
+    """Raises UnfinishedError when the stage before is not done."""
+    names = [*folders(build), "write"]
+    before = names[names.index(stage) - 1]
+    if missing_parts(build, before, parts):
+        raise UnfinishedError(f"stage {stage} needs stage {before}, which is not done for these options: run it first")
+
+
 def run_stage(build: Build, stage: str, parts: list[str]) -> int:
     """Writes the parts of a stage that are missing; returns how many those were.
 
     Raises UnfinishedError when the stage before has not been run, or when requests have no answer.
     """
-    names = list(folders(build))
-    before = names[names.index(stage) - 1]
-    if missing_parts(build, before, parts):
-        raise UnfinishedError(f"stage {stage} needs stage {before}, which is not done for these options: run it first")
+    need_stage_before(build, stage, parts)
     todo = missing_parts(build, stage, parts)
     if todo and stage == "filter":
         _filter(build, parts)

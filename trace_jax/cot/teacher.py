@@ -54,10 +54,15 @@ class OnlineTeacher:
         self._cache = Cache(cache)
         self._stopped = ""
         self._failures = 0  # in a row
-        self._largest = Answer("", completion_tokens=model.max_tokens)  # what a request in flight is taken to cost
+        read, written = self._cache.largest(model.model)
+        # What a request in flight is taken to cost.
+        self._largest = Answer("", prompt_tokens=read, completion_tokens=max(written, model.max_tokens))
         self._in_flight = 0
         self._pending: dict[str, asyncio.Future[Result]] = {}
-        self._slots = asyncio.Semaphore(model.concurrency)
+        self._capped = bool(budget.tokens or budget.dollars)
+        # Under a budget the first request goes alone: it tells how large requests are.
+        self._shut = model.concurrency - 1 if self._capped and not read else 0
+        self._slots = asyncio.Semaphore(model.concurrency - self._shut)
         spent = self._cache.total()
         self._tokens, self._dollars = spent.tokens, spent.dollars
         self._loop = asyncio.new_event_loop()
@@ -117,6 +122,11 @@ class OnlineTeacher:
                 prompt_tokens=max(self._largest.prompt_tokens, answer.prompt_tokens),
                 completion_tokens=max(self._largest.completion_tokens, answer.completion_tokens),
             )
+            if self._capped and not (answer.prompt_tokens or answer.error):
+                self._stopped = "the server does not tell the tokens of its answers, so no budget can be kept"
+            for _ in range(self._shut):
+                self._slots.release()
+            self._shut = 0
             return answer
 
     def _over_budget(self) -> str:
@@ -147,8 +157,10 @@ class MetadataTeacher:
         self._right: dict[str, set[str]] = {}
         for path in sorted((release / "qrels/train").glob("*.txt")):
             self._right |= mbeir.load_qrels(path)
-        if not self._traces:
-            raise mbeir.ReleaseError(f"{release}: no traces in cot/, so its metadata cannot teach; choose kind openai")
+        if not self._traces or not self._right:
+            raise mbeir.ReleaseError(
+                f"{release}: no traces in cot/train or no qrels/train, so its metadata cannot teach; choose kind openai"
+            )
 
     def submit(self, request: Request) -> concurrent.futures.Future[Result]:
         """Knows at once."""
@@ -157,7 +169,7 @@ class MetadataTeacher:
         return future
 
     def _text(self, request: Request) -> str:
-        trace = self._traces[request.qid]
+        trace = self._traces.get(request.qid, mbeir.SIMPLE)
         if request.stage == "assess":
             reason = "It has a trace." if trace["complex"] else "It has none."
             return json.dumps({"complex": trace["complex"], "reason": reason})
