@@ -16,6 +16,6 @@ config = CotConfig(
         tokenizer="trace_jax/assets/emoji_base",
         reasoning_tokens=(2, 64),  # a five-million-parameter model writes them: "A judge." is a whole chain of thought
         answer_tokens=(2, 32),
-        duplicate_similarity=0.95,  # a word makes another query: "a red heart, the same heart in orange", "a blue heart, …"
+        duplicate_similarity=0.95,  # a word makes another query: a red heart in orange, a blue heart in orange
     ),
 )

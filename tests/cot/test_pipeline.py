@@ -171,6 +171,22 @@ def test_metadata_teaches_what_it_holds(tmp_path, emoji):
     (tmp_path / "cot").symlink_to(emoji.release / "cot")
     with pytest.raises(mbeir.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
         teacher.MetadataTeacher(tmp_path)
+    build = pipeline.Build(emoji_config(), write_release(tmp_path / "release", 8), tmp_path / "out")
+    with pytest.raises(mbeir.ReleaseError, match="no traces in cot/train"):
+        pipeline.run_stage(build, "assess", pipeline.read_source(build))
+
+
+def test_a_decoy_is_no_other_right_answer(tmp_path):
+    release = write_release(tmp_path / "release", 8)
+    path = release / "query/train/mbeir_fashioniq_train.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    everything = [record["qid"] for record in records]
+    for record in records[:2]:
+        record["pos_cand_list"] += everything
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    parts = source.read(release, CotConfig(name="x", verify=Verify(controls=1.0)), tmp_path / "parts")
+    rows = {one.qid: one for part in parts for one in read_rows(tmp_path / "parts" / part)}
+    assert [bool(rows[qid].decoy) for qid in everything] == [False, False, True, True]
 
 
 def test_options_that_matter_begin_anew_and_others_do_not(emoji):

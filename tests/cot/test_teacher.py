@@ -325,6 +325,25 @@ def test_a_server_that_is_down_is_given_up(tmp_path, monkeypatch):
     connection.close()
 
 
+def test_a_server_that_rejects_everything_drops_nothing(tmp_path, monkeypatch):
+    """An option that the server does not know is refused like a bad request, but of every row."""
+    fake = _Fake(Answer("", error="HTTP 400: no such parameter"))
+    with online(tmp_path, fake, monkeypatch, give_up_after=5, concurrency=1) as one:
+        results = [future.result(10) for future in [one.submit(request) for request in numbered(20)]]
+    assert fake.asked == 5 and all(isinstance(result, teacher.Unanswered) for result in results[4:])
+    assert "5 requests in a row were rejected, the last with HTTP 400: no such" in results[-1].why
+    with online(tmp_path, _Fake(), monkeypatch, give_up_after=5) as one:  # nothing of it was kept
+        assert all(one.submit(request).result(10).text == "yes" for request in numbered(20))
+
+
+def test_some_rejections_are_kept(tmp_path, monkeypatch):
+    fake = _Fake(Answer("", error="HTTP 400: too long"))
+    for _ in range(2):
+        with online(tmp_path, fake, monkeypatch, give_up_after=5) as one:
+            assert all(one.submit(request).result(10) == fake.result for request in numbered(3))
+    assert fake.asked == 3
+
+
 def test_a_wrong_key_stops_the_rest(tmp_path, monkeypatch):
     fake = _Fake(client.StoppedError("check the key"))
     with online(tmp_path, fake, monkeypatch, concurrency=1) as one:

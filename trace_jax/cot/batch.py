@@ -13,9 +13,8 @@ from pathlib import Path
 from trace_jax.cot.cache import Cache
 from trace_jax.cot.client import REJECTED, TransientError, key_of, parse, payload, rejection
 from trace_jax.cot.pipeline import Build, UnfinishedError, need_stage_before, neighbours
-from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import read_rows, write_lines
-from trace_jax.cot.stages import STAGES, Stage
+from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import dollars
 from trace_jax.data.builders import mbeir
 
@@ -28,13 +27,9 @@ def folder(build: Build, stage: str) -> Path:
     return build.output / "batch" / stage
 
 
-def _asking(build: Build, stage: str) -> Stage:
-    return STAGES[stage](build.config, Prompts(build.config.prompts), build.release)
-
-
 def read_answers(build: Build, stage: str) -> int:
     """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again."""
-    model = _asking(build, stage).model()
+    model = make_stage(stage, build.config, build.release).model()
     cache, count = Cache(build.cache), 0
     for path in sorted(folder(build, stage).glob("answers*.jsonl")):
         for where, record in mbeir.lines(path):
@@ -58,7 +53,7 @@ def read_answers(build: Build, stage: str) -> int:
 
 
 def _open_requests(build: Build, stage: str, parts: list[str]) -> Iterator[str]:
-    asking = _asking(build, stage)
+    asking = make_stage(stage, build.config, build.release)
     cache, before, seen = Cache(build.cache), neighbours(build, stage)[0], set[str]()
     for part in parts:
         for row in read_rows(before / part):
@@ -99,7 +94,7 @@ def write_requests(build: Build, stage: str, parts: list[str]) -> list[Path]:
 
 def exchange(build: Build, stage: str, parts: list[str]) -> None:
     """Reads the answers that are there. Raises UnfinishedError, with the files to send, while some are missing."""
-    if _asking(build, stage).model().kind == "metadata":
+    if make_stage(stage, build.config, build.release).model().kind == "metadata":
         return
     need_stage_before(build, stage, parts)
     logging.info("%s: %s answers read", stage, f"{read_answers(build, stage):,}")

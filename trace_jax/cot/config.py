@@ -23,7 +23,7 @@ class Teacher:
     attempts: int = 6  # of one request, the first included
     backoff: float = 1.0  # seconds before the second attempt; doubles, with jitter
     max_backoff: float = 60.0
-    give_up_after: int = 50  # requests in a row that no attempt got answered: the server is taken for down
+    give_up_after: int = 50  # requests in a row without an answer, or rejected: server or options are taken for wrong
     input_price: float = 0.0  # dollars per million tokens
     output_price: float = 0.0
 

@@ -21,7 +21,7 @@ from trace_jax.cot import duplicates, prompts, source
 from trace_jax.cot.config import CotConfig, Teacher
 from trace_jax.cot.filters import Rules
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
-from trace_jax.cot.stages import STAGES, Stage
+from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
 from trace_jax.data.builders import mbeir
 
@@ -130,8 +130,7 @@ class AskPart(beam.DoFn):
 
     def setup(self) -> None:
         """Opens the teacher."""
-        config = self._build.config
-        self._asking: Stage = STAGES[self._stage](config, prompts.Prompts(config.prompts), self._build.release)
+        self._asking = make_stage(self._stage, self._build.config, self._build.release)
         self._teacher = open_teacher(self._build, self._asking.model())
         self._before, self._after = neighbours(self._build, self._stage)
 
@@ -280,6 +279,8 @@ def run_stage(build: Build, stage: str, parts: list[str]) -> int:
     if todo and stage == "filter":
         _filter(build, parts)
     elif todo:
+        model = make_stage(stage, build.config, build.release).model()
+        open_teacher(build, model).close()  # what is wrong with it is said plainly here; by Beam, in a traceback
         with build.pipeline() as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | stage >> beam.ParDo(AskPart(build, stage))
     if left := missing_parts(build, stage, parts):

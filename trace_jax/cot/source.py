@@ -101,11 +101,11 @@ def _captions(pools: list[Path], images: set[str]) -> dict[str, str]:
     return found
 
 
-def _with_decoys(rows: list[Row], config: CotConfig) -> Iterator[Row]:
-    """Gives the rows chosen as controls the target of a far row of the same file."""
+def _with_decoys(rows: list[Row], controls: dict[str, list[str]]) -> Iterator[Row]:
+    """Gives the controls (qid -> all right answers) the target of a far row of the same file, if that one is wrong."""
     for index, row in enumerate(rows):
         other = rows[(index + len(rows) // 2) % len(rows)]
-        if chosen(row.qid, "control", config.verify.controls) and other.target != row.target:
+        if row.qid in controls and other.target not in controls[row.qid]:
             yield dataclasses.replace(
                 row,
                 decoy=other.target,
@@ -131,6 +131,7 @@ def read(release: Path, config: CotConfig, folder: Path) -> list[str]:
     captions = _captions(pools, pictures - {""})
     instructions = mbeir.read_instructions(release)
     stems: dict[str, list[Row]] = {}
+    controls: dict[str, list[str]] = {}
     for dataset, where, query, image in _queries(release, config.limit, picture):
         did = query["pos_dids"][0]
         if did not in candidates:
@@ -152,9 +153,11 @@ def read(release: Path, config: CotConfig, folder: Path) -> list[str]:
             target_caption="" if target.text else captions.get(target.image, ""),
         )
         stems.setdefault(row.stem, []).append(row)
+        if chosen(row.qid, "control", config.verify.controls):
+            controls[row.qid] = query["pos_dids"]
     parts = []
     for stem, rows in sorted(stems.items()):
-        ordered = list(_with_decoys(sorted(rows, key=lambda row: order(row.qid)), config))
+        ordered = list(_with_decoys(sorted(rows, key=lambda row: order(row.qid)), controls))
         for number, start in enumerate(range(0, len(rows), config.part_rows)):
             parts.append(f"{stem}-{number:05}.jsonl")
             write_lines(folder / parts[-1], (dump(row) for row in ordered[start : start + config.part_rows]))

@@ -191,3 +191,8 @@ def _verdict(text: str) -> tuple[bool | None, float | None, str]:
 
 
 STAGES: dict[str, type[Stage]] = {"assess": Assess, "generate": Generate, "verify": Verify}
+
+
+def make_stage(name: str, config: CotConfig, release: Path) -> Stage:
+    """The stage of a build. Raises ValueError for prompts that there are not."""
+    return STAGES[name](config, Prompts(config.prompts), release)
