@@ -243,6 +243,16 @@ def test_near_duplicates_agree_with_comparing_all_pairs():
     assert found <= expected and len(found) >= 0.95 * len(expected) > 50
 
 
+def test_small_groups_cost_little(monkeypatch):
+    """Most groups have two or three rows: what an index needs to know is found out once, not for each of them."""
+    made = []
+    real = duplicates.MinHashLSH
+    monkeypatch.setattr(duplicates, "MinHashLSH", lambda **options: made.append(options) or real(**options))
+    for number in range(20):
+        list(duplicates.duplicates([("7:1", f"number {number}"), ("7:2", "another")], Filters()))
+    assert sum("threshold" in options for options in made) <= 1 < len(made)
+
+
 def test_work_is_linear_in_rows(rules, monkeypatch):
     """Counted, not timed: one judgement a row, and in a large group of equal answers few comparisons a row."""
     compared = 0

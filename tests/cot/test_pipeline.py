@@ -384,6 +384,12 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
         answers = [{"custom_id": x["custom_id"], "response": {"status_code": status, "body": body}} for x in lines]
         return "".join(json.dumps(answer) + "\n" for answer in reversed(answers))
 
+    strict = dataclasses.replace(
+        build, config=dataclasses.replace(build.config, teacher=Teacher("openai", "m", give_up_after=20))
+    )
+    (sent.parent / "answers-1.jsonl").write_text(back(lines, 400))
+    with pytest.raises(pipeline.UnfinishedError, match="all 24 requests were rejected, the last with HTTP 400"):
+        batch.read_answers(strict, "assess")
     (sent.parent / "answers-1.jsonl").write_text(back(lines[:20]) + back(lines[20:22], 429))
     assert batch.read_answers(build, "assess") == 20
     with pytest.raises(pipeline.UnfinishedError, match="(?s)waits for its batch.*requests-00000.jsonl"):

@@ -5,12 +5,14 @@ A line to send is {"custom_id", "method", "url", "body"}; one that comes back is
 file or number.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from trace_jax.cot.cache import Cache
+from trace_jax.cot.cache import Answer, Cache
 from trace_jax.cot.client import REJECTED, TransientError, key_of, parse, payload, rejection
 from trace_jax.cot.pipeline import Build, UnfinishedError, need_stage_before, neighbours
 from trace_jax.cot.schema import read_rows, write_lines
@@ -28,28 +30,40 @@ def folder(build: Build, stage: str) -> Path:
 
 
 def read_answers(build: Build, stage: str) -> int:
-    """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again."""
+    """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again.
+
+    Raises ReleaseError for a line that is none of a batch API, and UnfinishedError where all requests were rejected:
+    then they were asked wrongly, and nothing of it is kept.
+    """
     model = make_stage(stage, build.config, build.release).model()
-    cache, count = Cache(build.cache), 0
-    for path in sorted(folder(build, stage).glob("answers*.jsonl")):
-        for where, record in mbeir.lines(path):
-            if not isinstance(key := record.get("custom_id"), str):
-                raise mbeir.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
-            response = record.get("response") or {}
-            status, body = response.get("status_code"), response.get("body")
-            if status == 200:
-                try:
-                    answer = parse(body)
-                except TransientError:
-                    continue
-            elif status in REJECTED:
-                answer = rejection(status, json.dumps(body))
-            else:
-                continue
-            cache.put(key, stage, model.model, answer, dollars(answer, model))
-            count += 1
-    cache.close()
-    return count
+    count, rejected = 0, list[tuple[str, Answer]]()
+    with contextlib.closing(Cache(build.cache)) as cache:
+        for path in sorted(folder(build, stage).glob("answers*.jsonl")):
+            for where, record in mbeir.lines(path):
+                if not isinstance(key := record.get("custom_id"), str):
+                    raise mbeir.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
+                response = record.get("response") or {}
+                status, body = response.get("status_code"), response.get("body")
+                if status in REJECTED:
+                    rejected.append((key, rejection(status, json.dumps(body))))
+                elif status == 200 and (answer := _whole(body)) is not None:
+                    cache.put(key, stage, model.model, answer, dollars(answer, model))
+                    count += 1
+        if not count and len(rejected) >= model.give_up_after:
+            raise UnfinishedError(
+                f"stage {stage}: all {len(rejected):,} requests were rejected, the last with {rejected[-1][1].error}."
+                f" Mend the options, and delete {folder(build, stage)}/answers*.jsonl"
+            )
+        for key, answer in rejected:
+            cache.put(key, stage, model.model, answer, 0.0)
+    return count + len(rejected)
+
+
+def _whole(body: Any) -> Answer | None:
+    try:
+        return parse(body)
+    except TransientError:
+        return None
 
 
 def _open_requests(build: Build, stage: str, parts: list[str]) -> Iterator[str]:
