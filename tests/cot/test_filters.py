@@ -1,10 +1,12 @@
 """Every rule drops what it should, names itself, and lets the rest pass."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 
+from trace_jax.benchmarks.cot import filters as benchmark
 from trace_jax.config import ROOT
 from trace_jax.cot import duplicates, filters
 from trace_jax.cot.config import Filters
@@ -251,6 +253,13 @@ def test_small_groups_cost_little(monkeypatch):
     for number in range(20):
         list(duplicates.duplicates([("7:1", f"number {number}"), ("7:2", "another")], Filters()))
     assert sum("threshold" in options for options in made) <= 1 < len(made)
+
+
+def test_the_benchmark_lets_every_rule_look_at_every_row(tmp_path):
+    benchmark(rows=400, json=tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [step["rows"] for step in figures["rules"]] == list(range(40, 401, 40))
+    assert figures["near_duplicates"]["found"] == 4  # one of a hundred rows
 
 
 def test_work_is_linear_in_rows(rules, monkeypatch):
