@@ -9,7 +9,7 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from launch import build_data
+from launch import build_cot, build_data
 from tests.cot.release import write_release
 from tests.cot.test_server import config as scripted_config
 from tests.cot.test_server import digests, traces
@@ -433,7 +433,7 @@ def test_configs_of_builds_load_under_their_names():
         CotConfig(name="x", show_gold=2.0)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     release = write_release(tmp_path / "release", 8)
     command = [
         sys.executable,
@@ -447,8 +447,11 @@ def test_the_command(tmp_path):
     tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
     waiting = subprocess.run([*command, "--batch", *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
     assert waiting.returncode == 1 and "requests-00000.jsonl" in waiting.stderr, waiting.stderr
-    command[4] = str(tmp_path / "nowhere")
-    lost = subprocess.run([*command, *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert lost.returncode == 1 and lost.stderr.startswith("error: no ") and lost.stderr.count("\n") == 1, lost.stderr
-    wrong = subprocess.run([*command, "--stages", "asess"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and "no stage asess" in wrong.stderr
+    options = ["mbeir", "--output", str(tmp_path / "out"), *tokenizer, "--source"]
+    with pytest.raises(SystemExit, match="error: no .*/nowhere/instructions/.*: is this an M-BEIR release"):
+        build_cot.main([*options, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error: no prompts 'v9'; there are v1"):
+        build_cot.main([*options, str(release), "--prompts", "v9"])
+    with pytest.raises(SystemExit, match="2"):
+        build_cot.main([*options, str(release), "--stages", "asess"])
+    assert "no stage asess" in capsys.readouterr().err

@@ -17,9 +17,10 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from trace_jax.cot import duplicates, prompts, source
+from trace_jax.cot import duplicates, source
 from trace_jax.cot.config import CotConfig, Teacher
 from trace_jax.cot.filters import Rules
+from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
 from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
@@ -89,8 +90,7 @@ def _identity(model: Teacher) -> list[Any]:
 def folders(build: Build) -> dict[str, Path]:
     """Stage -> its folder. The first is "source"."""
     config = build.config
-    words = (Path(prompts.__file__).parent / f"prompts/{config.prompts}.toml").read_bytes()
-    prompt = hashlib.sha256(words).hexdigest()
+    asked = Prompts(config.prompts).hashes()
     instructions = sorted(mbeir.read_instructions(build.release).items())
     depends: dict[str, list[Any]] = {
         "source": [
@@ -100,10 +100,10 @@ def folders(build: Build) -> dict[str, Path]:
             config.limit,
             config.verify.controls,
         ],
-        "assess": [_identity(config.teacher), prompt, config.policy, config.audit, config.unanswered],
-        "generate": [_identity(config.teacher), prompt, config.show_gold, config.show_gold_of, config.unanswered],
-        "filter": [dataclasses.asdict(config.filters), prompt],
-        "verify": [_identity(config.verifier), prompt, config.verify.min_confidence, config.unanswered],
+        "assess": [_identity(config.teacher), asked, config.policy, config.audit, config.unanswered],
+        "generate": [_identity(config.teacher), asked, config.show_gold, config.show_gold_of, config.unanswered],
+        "filter": [dataclasses.asdict(config.filters), asked],
+        "verify": [_identity(config.verifier), asked, config.verify.min_confidence, config.unanswered],
     }
     found, key = {}, VERSION
     for stage, parts in depends.items():
@@ -190,7 +190,7 @@ class JudgePart(beam.DoFn):
 
     def setup(self) -> None:
         """Loads tokenizer and language model."""
-        self._rules = Rules(self._build.config.filters, prompts.Prompts(self._build.config.prompts))
+        self._rules = Rules(self._build.config.filters, Prompts(self._build.config.prompts))
 
     def process(self, part: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
         """Judges what is not judged yet."""
