@@ -138,6 +138,12 @@ def test_a_finished_build_does_nothing_again(emoji):
 
 def test_a_change_of_the_other_queries_is_seen_in_the_records(tmp_path, emoji):
     """Files of val and test are links, which a look for changes must follow."""
+    (tmp_path / "release").mkdir()
+    for folder in ("query", "cand_pool", "cot"):
+        (tmp_path / "release" / folder).mkdir()
+        for entry in (emoji.release / folder).iterdir():
+            (tmp_path / "release" / folder / entry.name).symlink_to(entry)
+    assert mbeir.fingerprint(tmp_path / "release") == mbeir.fingerprint(emoji.release)
     path = emoji.output / "release/query/val/mbeir_emoji_task7_val.jsonl"
     assert path.is_symlink()
     before = mbeir.fingerprint(emoji.output / "release")
@@ -155,7 +161,9 @@ def test_a_build_never_overwrites_its_source(tmp_path):
     release = write_release(tmp_path / "mine/release", 8)
     with pytest.raises(ValueError, match="would be overwritten"):
         pipeline.Build(emoji_config(), release, tmp_path / "mine")
-    (tmp_path / "linked").mkdir()
+    with pytest.raises(ValueError, match="would be overwritten"):
+        pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "mine")
+    (tmp_path / "linked/work").mkdir(parents=True)
     (tmp_path / "linked/release").symlink_to(release)
     with pytest.raises(ValueError, match="would be overwritten"):
         pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "linked")

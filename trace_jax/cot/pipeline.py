@@ -51,7 +51,8 @@ class Build:
 
     def __post_init__(self) -> None:
         made = self.output / "release"
-        if made.is_symlink() or made.resolve() == self.release.resolve():
+        ours = self.work.exists() and not made.is_symlink() and made.resolve() != self.release.resolve()
+        if made.exists() and not ours:
             raise ValueError(f"{made} is another data set's, and would be overwritten: choose another --output")
 
     @property

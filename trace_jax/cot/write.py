@@ -118,7 +118,7 @@ def _linked(source: Path) -> Iterator[Path]:
     """
     for entry in sorted(source.iterdir()):
         if entry.name in ("query", "cot"):
-            yield from (path for path in sorted(entry.rglob("*.jsonl")) if path.parent.name not in _MADE)
+            yield from (path for path in sorted(entry.glob("*/*.jsonl")) if path.parent.name not in _MADE)
         else:
             yield entry
 

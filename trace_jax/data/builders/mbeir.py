@@ -391,7 +391,7 @@ def fingerprint(release: Path) -> str:
     """A digest of what the records are made from: names, sizes and ends of all the text files."""
     digest = hashlib.sha256(VERSION.encode())
     for folder in ("query", "cand_pool", "cot"):
-        for path in sorted((release / folder).rglob("*.jsonl")):
+        for path in sorted((release / folder).glob("*/*.jsonl")):  # also in folders that are links
             size = path.stat().st_size
             with path.open("rb") as file:
                 file.seek(max(0, size - 65536))
