@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batch", action="store_true", help="exchange requests and answers as files")
     parser.add_argument("--runner", default="DirectRunner", help="of Apache Beam (default DirectRunner)")
     options, overrides = parser.parse_known_args(arguments[:cut])
-    config = load_config(options.config, overrides, CotConfig, "configs/cot")
     source, output = options.source.resolve(), options.output.resolve()  # workers may stand elsewhere
     with program.clear_errors(UnfinishedError, ValueError):
+        config = load_config(options.config, overrides, CotConfig, "configs/cot")
         one = Build(config, source, output, options.runner, tuple(arguments[cut + 1 :]))
         build.run(one, options.stages, as_files=options.batch)
 

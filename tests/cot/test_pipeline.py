@@ -17,7 +17,7 @@ from trace_jax.config import ROOT, load_config
 from trace_jax.cot import batch, card, pipeline, source, stages, teacher, write
 from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
-from trace_jax.cot.config import CotConfig, Teacher, Verify
+from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, chosen, read_rows
 from trace_jax.cot.statistics import BINS, Statistics
@@ -432,13 +432,15 @@ def test_requests_without_an_answer_stop_the_stage_and_keep_the_rest(tmp_path):
 def test_configs_of_builds_load_under_their_names():
     for name in ("emoji", "mbeir"):
         assert load_config(name, [], CotConfig, "configs/cot").name == name
-    paper = load_config("mbeir", ["--teacher.model", "other", "--budget.dollars", "5"], CotConfig, "configs/cot")
-    assert (paper.teacher.model, paper.budget.dollars) == ("other", 5.0)
+    paper = load_config("mbeir", ["--teacher.model", "other", "--budget.tokens", "5"], CotConfig, "configs/cot")
+    assert (paper.teacher.model, paper.budget.tokens) == ("other", 5)
     assert set(paper.policy) == set(card.PAPER_REASONING) | {name for name, _ in card.PAPER_SIMPLE}
     with pytest.raises(ValueError, match="choose simple or complex"):
         CotConfig(name="x", policy={"cirr": "hard"})
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         CotConfig(name="x", show_gold=2.0)
+    with pytest.raises(ValueError, match="needs prices: set --verifier.input-price"):
+        CotConfig(name="x", teacher=Teacher(input_price=1.0), budget=Budget(dollars=5.0))
 
 
 def test_the_command(tmp_path, capsys):

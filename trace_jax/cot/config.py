@@ -102,3 +102,9 @@ class CotConfig:
         for share in (self.audit, self.show_gold, self.verify.controls, *self.show_gold_of.values()):
             if not 0 <= share <= 1:
                 raise ValueError(f"a share is {share}: choose from 0 to 1")
+        for name, model in (("teacher", self.teacher), ("verifier", self.verifier)):
+            free = model.kind == "openai" and not (model.input_price or model.output_price)
+            if self.budget.dollars and free:
+                raise ValueError(
+                    f"a budget in dollars needs prices: set --{name}.input-price and --{name}.output-price"
+                )
