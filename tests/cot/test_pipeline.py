@@ -354,6 +354,12 @@ def test_queries_come_once_sorted_with_their_target(tmp_path):
         ("query/train/mbeir_infoseek_train.jsonl", '"task_id"', '"task"', "'task_id' is missing"),
         (
             "query/train/mbeir_infoseek_train.jsonl",
+            '"query_img_path": "mbeir_images/shop/blue.png", "query_modality": "image,text"',
+            '"query_img_path": [], "query_modality": "text"',
+            "traces are for queries of one picture",
+        ),
+        (
+            "query/train/mbeir_infoseek_train.jsonl",
             '"query_modality": "image,text"',
             '"query_modality": 3',
             "is 3; use",

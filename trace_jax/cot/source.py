@@ -62,6 +62,8 @@ def _queries(release: Path, limit: int, picture: mbeir.Picture) -> Iterator[tupl
             query = mbeir.read_query(where, record, {}, picture)
             if query["task_id"] not in TASKS:
                 raise ReleaseError(f"{where}: task_id is {query['task_id']}; there are {', '.join(map(str, TASKS))}")
+            if isinstance(record.get("query_img_path"), list):
+                raise ReleaseError(f"{where}: query_img_path is a list, and traces are for queries of one picture")
             if not query["pos_dids"]:
                 raise ReleaseError(f"{where}: pos_cand_list holds no id of a right answer")
             if query["qid"] in seen:
