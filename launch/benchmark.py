@@ -12,7 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import tyro
 
-from trace_jax.benchmarks import data, engine, index, training
+from trace_jax.benchmarks import cot, data, engine, index, training
 
 PARTS = {
     "images": data.images,
@@ -22,6 +22,7 @@ PARTS = {
     "drafts": engine.drafts,
     "transformers": engine.transformers,
     "index": index.index,
+    "filters": cot.filters,
 }
 
 if __name__ == "__main__":

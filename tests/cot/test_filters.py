@@ -1,10 +1,12 @@
 """Every rule drops what it should, names itself, and lets the rest pass."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 
+from trace_jax.benchmarks.cot import filters as benchmark
 from trace_jax.config import ROOT
 from trace_jax.cot import duplicates, filters
 from trace_jax.cot.config import Filters
@@ -130,6 +132,8 @@ def test_each_rule_names_itself(rules, expected, changes):
         TAGGED.replace("The picture", "As an AI language model I see that the picture"),
         TAGGED.replace("<answer>", "<answer>I cannot identify people, but "),
         "No image was provided.",
+        "I\u2019m sorry, but I can\u2019t help with that.",  # with typographic apostrophes
+        TAGGED.replace("The picture", "As a large language model I cannot know, but the picture"),
     ],
 )
 def test_refusals_and_boilerplate(rules, raw):
@@ -140,6 +144,7 @@ def test_harmless_likenesses_pass(rules):
     for reasoning in (
         "A sure hand sewed this red dress of certainly fine silk, and of course the colour turns to blue as asked.",
         "The source is a red dress; the target is the same one in blue. The sleeves get shorter, and the cut stays.",
+        "The woman works as an assistant in a shop. Her red dress becomes blue, one that lets her feel free all day.",
         "The answer lies in the colour: the red dress becomes blue, its sleeves get shorter, and the rest of it stays.",
     ):
         assert rules.judge(row(reasoning)).dropped == ""
@@ -155,6 +160,15 @@ def test_lengths_are_kept_at_both_ends(rules):
     ):
         narrow = filters.Rules(Filters(tokenizer=TOKENIZER, reasoning_tokens=(low, high)), Prompts("v1"))
         assert narrow.judge(row()).dropped == dropped
+
+
+def test_a_tokenizer_that_cannot_be_had_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.chdir(tmp_path)  # folders are looked for from the repository's root, wherever a build is started
+    assert filters.load_tokenizer("trace_jax/assets/emoji_base")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="no tokenizer .* give --filters.tokenizer"):
+        filters.load_tokenizer(str(tmp_path))
 
 
 def test_repetition_is_the_share_of_ngrams_seen_before():
@@ -229,6 +243,23 @@ def test_near_duplicates_agree_with_comparing_all_pairs():
             kept.append(parts)
     found = {qid for qid, _ in duplicates.duplicates(rows, options)}
     assert found <= expected and len(found) >= 0.95 * len(expected) > 50
+
+
+def test_small_groups_cost_little(monkeypatch):
+    """Most groups have two or three rows: what an index needs to know is found out once, not for each of them."""
+    made = []
+    real = duplicates.MinHashLSH
+    monkeypatch.setattr(duplicates, "MinHashLSH", lambda **options: made.append(options) or real(**options))
+    for number in range(20):
+        list(duplicates.duplicates([("7:1", f"number {number}"), ("7:2", "another")], Filters()))
+    assert sum("threshold" in options for options in made) <= 1 < len(made)
+
+
+def test_the_benchmark_lets_every_rule_look_at_every_row(tmp_path):
+    benchmark(rows=400, json=tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [step["rows"] for step in figures["rules"]] == list(range(40, 401, 40))
+    assert figures["near_duplicates"]["found"] == 4  # one of a hundred rows
 
 
 def test_work_is_linear_in_rows(rules, monkeypatch):

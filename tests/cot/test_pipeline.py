@@ -9,13 +9,15 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
+from launch import build_cot, build_data
 from tests.cot.release import write_release
 from tests.cot.test_server import config as scripted_config
-from tests.cot.test_server import digests, run, traces
+from tests.cot.test_server import digests, traces
 from trace_jax.config import ROOT, load_config
-from trace_jax.cot import batch, card, pipeline, source, stages, write
+from trace_jax.cot import batch, card, pipeline, source, stages, teacher, write
+from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
-from trace_jax.cot.config import CotConfig, Teacher, Verify
+from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, chosen, read_rows
 from trace_jax.cot.statistics import BINS, Statistics
@@ -24,16 +26,14 @@ from trace_jax.data.schema import TASKS
 
 
 def emoji_config(**changes) -> CotConfig:
-    found = load_config("emoji", [], CotConfig, "configs/cot")
-    tokenizer = str(ROOT / found.filters.tokenizer)
-    return dataclasses.replace(found, filters=dataclasses.replace(found.filters, tokenizer=tokenizer), **changes)
+    return dataclasses.replace(load_config("emoji", [], CotConfig, "configs/cot"), **changes)
 
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory, tiny_config) -> pipeline.Build:
     """The tiny emoji release through all stages, its metadata as teacher and verifier."""
     release = pathlib.Path(tiny_config.data.root) / "tiny/release"
-    options = emoji_config(verify=Verify(controls=0.1), part_rows=150)
+    options = emoji_config(verify=Verify(controls=0.1), part_rows=150, show_gold=0.5)
     build = pipeline.Build(options, release, tmp_path_factory.mktemp("cot") / "emoji")
     run(build)
     return build
@@ -47,6 +47,48 @@ def test_the_emoji_traces_come_out_as_they_are(emoji):
         for name in names:
             made, own = emoji.output / "release" / folder / name, emoji.release / folder / name
             assert made.read_bytes() == own.read_bytes(), f"{folder}/{name}"
+    assert mbeir.fingerprint(emoji.output / "release") == mbeir.fingerprint(emoji.release)
+
+
+def spoiled(release: pathlib.Path, target: pathlib.Path) -> set[str]:
+    """A release whose every hundredth trace is not as it should be; their qids."""
+    qids = set()
+    for path in sorted(release.rglob("*.jsonl")):
+        made = target / path.relative_to(release)
+        made.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.name == "train" and path.parent.parent.name == "cot":
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            for record in [record for record in records if record["complex"]][::100]:
+                record["reasoning"] += " I'm sorry, I cannot help with the rest."
+                qids.add(record["qid"])
+            made.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        else:
+            made.symlink_to(path)
+    for name in ("instructions", "qrels", "mbeir_images"):
+        (target / name).symlink_to(release / name)
+    return qids
+
+
+def test_the_embedded_data_is_built_by_the_stages(tmp_path, emoji, monkeypatch):
+    """launch/build_data.py: what the filters drop is no query of training; every other record is as it was."""
+    own = mbeir.load_queries(emoji.release.parent, "train")
+    dropped = spoiled(emoji.release, tmp_path / "tiny/release")
+    (tmp_path / "tiny/release/info.json").write_bytes((emoji.release / "info.json").read_bytes())
+    arguments = build_data.Arguments("tiny", tmp_path)
+    build_data.main(arguments)
+    made = mbeir.load_queries(tmp_path / "tiny", "train")
+    kept = [index for index, qid in enumerate(own.keys) if qid not in dropped]
+    assert len(dropped) > 10 and made.keys == [own.keys[index] for index in kept] and len(made) < len(own)
+    assert all(made[i] == own[kept[i]] for i in range(0, len(made), 7))
+    for name in ("mbeir_emoji_task7_val", "mbeir_emoji_task8_test"):
+        split, before = (mbeir.load_queries(folder, name) for folder in (tmp_path / "tiny", emoji.release.parent))
+        assert [split[i] for i in range(len(split))] == [before[i] for i in range(len(before))]
+    card = json.loads((tmp_path / "tiny/cot/card.json").read_text())
+    assert [(row["reason"], row["rows"]) for row in card["dropped"]] == [("refusal", len(dropped))]
+    before = digests(tmp_path / "tiny")
+    monkeypatch.setattr(pipeline.Build, "pipeline", lambda build: pytest.fail("all is done"))
+    build_data.main(arguments)
+    assert digests(tmp_path / "tiny") == before
 
 
 def test_training_reads_the_output_like_any_release(emoji, tiny_config):
@@ -77,7 +119,7 @@ def test_the_card_tells_what_was_built(emoji):
     assert sum(row["written"] for row in told["gold"]) == kept and len(told["gold"]) == 2
     assert sum(told["lengths"]["answer"].values()) == kept
     text, page = ((emoji.output / name).read_text() for name in ("README.md", "card.html"))
-    assert "| oven | 0 | 0 | – | 293,875 |" in text and "| mscoco | i2t | 0 | 113K |" in text
+    assert "| oven | – | – | – | 293,875 |" in text and "| mscoco | i2t | – | 113K |" in text
     hashes = Prompts("v1").hashes()
     assert hashes["assess it2i"] in text and hashes["generate it2i, target shown"] in text
     assert page.count("data:image/png;base64,") > 10 and "hidden from the teacher" in page
@@ -88,8 +130,71 @@ def test_a_finished_build_does_nothing_again(emoji):
     assert len(parts) > len(TASKS)  # files are cut into parts
     assert [pipeline.run_stage(emoji, stage, parts) for stage in pipeline.NAMES] == [0, 0, 0, 0]
     before = digests(emoji.output)
-    write.write(emoji, parts)
+    assert not write.write(emoji, parts)
+    (emoji.work / "written.json").unlink()
+    assert write.write(emoji, parts)
     assert digests(emoji.output) == before
+
+
+def test_a_change_of_the_other_queries_is_seen_in_the_records(tmp_path, emoji):
+    """Files of val and test are links, which a look for changes must follow."""
+    (tmp_path / "release").mkdir()
+    for folder in ("query", "cand_pool", "cot"):
+        (tmp_path / "release" / folder).mkdir()
+        for entry in (emoji.release / folder).iterdir():
+            (tmp_path / "release" / folder / entry.name).symlink_to(entry)
+    assert mbeir.fingerprint(tmp_path / "release") == mbeir.fingerprint(emoji.release)
+    path = emoji.output / "release/query/val/mbeir_emoji_task7_val.jsonl"
+    assert path.is_symlink()
+    before = mbeir.fingerprint(emoji.output / "release")
+    own = path.readlink()
+    (tmp_path / "other.jsonl").write_text(own.read_text().replace("a", "b"))
+    path.unlink()
+    path.symlink_to(tmp_path / "other.jsonl")
+    assert mbeir.fingerprint(emoji.output / "release") != before
+    path.unlink()
+    path.symlink_to(own)
+    assert mbeir.fingerprint(emoji.output / "release") == before
+
+
+def test_a_build_never_overwrites_its_source(tmp_path):
+    release = write_release(tmp_path / "mine/release", 8)
+    with pytest.raises(ValueError, match="would be overwritten"):
+        pipeline.Build(emoji_config(), release, tmp_path / "mine")
+    with pytest.raises(ValueError, match="would be overwritten"):
+        pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "mine")
+    (tmp_path / "linked/work").mkdir(parents=True)
+    (tmp_path / "linked/release").symlink_to(release)
+    with pytest.raises(ValueError, match="would be overwritten"):
+        pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "linked")
+
+
+def test_metadata_teaches_what_it_holds(tmp_path, emoji):
+    one = teacher.MetadataTeacher(emoji.release)
+    unknown = one.submit(teacher.Request("assess", "", "", qid="999:1")).result()
+    assert isinstance(unknown, Answer) and stages.read_json(unknown.text) == {
+        "complex": False,
+        "reason": "It has none.",
+    }
+    (tmp_path / "cot").symlink_to(emoji.release / "cot")
+    with pytest.raises(mbeir.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
+        teacher.MetadataTeacher(tmp_path)
+    build = pipeline.Build(emoji_config(), write_release(tmp_path / "release", 8), tmp_path / "out")
+    with pytest.raises(mbeir.ReleaseError, match="no traces in cot/train"):
+        pipeline.run_stage(build, "assess", pipeline.read_source(build))
+
+
+def test_a_decoy_is_no_other_right_answer(tmp_path):
+    release = write_release(tmp_path / "release", 8)
+    path = release / "query/train/mbeir_fashioniq_train.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    everything = [record["qid"] for record in records]
+    for record in records[:2]:
+        record["pos_cand_list"] += everything
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    parts = source.read(release, CotConfig(name="x", verify=Verify(controls=1.0)), tmp_path / "parts")
+    rows = {one.qid: one for part in parts for one in read_rows(tmp_path / "parts" / part)}
+    assert [bool(rows[qid].decoy) for qid in everything] == [False, False, True, True]
 
 
 def test_options_that_matter_begin_anew_and_others_do_not(emoji):
@@ -175,6 +280,7 @@ def test_the_target_is_shown_as_often_as_asked_and_marked():
     [
         ('{"consistent": true, "confidence": 0.71, "reason": ""}', ""),
         ('```json\n{"consistent": true, "confidence": 1, "reason": "ok"}\n```', ""),
+        ('For {query}: {"consistent": true, "confidence": 0.9, "reason": "{x}"} as {asked}.', ""),
         ('{"consistent": true, "confidence": 0.7}', "confidence"),
         ('{"consistent": false, "confidence": 0.99}', "inconsistent"),
         ('{"consistent": "yes", "confidence": 0.9}', "verdict"),
@@ -243,7 +349,21 @@ def test_queries_come_once_sorted_with_their_target(tmp_path):
         ("query/train/mbeir_infoseek_train.jsonl", '"6:1"', '"61"', "is not of the form"),
         ("query/train/mbeir_infoseek_train.jsonl", '["6:1"]', "[]", "holds no id"),
         ("query/train/mbeir_infoseek_train.jsonl", '["6:1"]', '["6:999"]', "6:999 is in no file"),
-        ("query/train/mbeir_infoseek_train.jsonl", "shop/blue.png", "shop/gone.png", "no picture"),
+        ("query/train/mbeir_infoseek_train.jsonl", "shop/blue.png", "shop/gone.png", "jsonl, line .* no picture"),
+        ("query/train/mbeir_infoseek_train.jsonl", '"task_id": 6', '"task_id": 5', "task_id is 5; there are 0, 1,"),
+        ("query/train/mbeir_infoseek_train.jsonl", '"task_id"', '"task"', "'task_id' is missing"),
+        (
+            "query/train/mbeir_infoseek_train.jsonl",
+            '"query_img_path": "mbeir_images/shop/blue.png", "query_modality": "image,text"',
+            '"query_img_path": [], "query_modality": "text"',
+            "traces are for queries of one picture",
+        ),
+        (
+            "query/train/mbeir_infoseek_train.jsonl",
+            '"query_modality": "image,text"',
+            '"query_modality": 3',
+            "is 3; use",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_release_is_said(tmp_path, path, old, new, message):
@@ -278,8 +398,18 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
         answers = [{"custom_id": x["custom_id"], "response": {"status_code": status, "body": body}} for x in lines]
         return "".join(json.dumps(answer) + "\n" for answer in reversed(answers))
 
+    strict = dataclasses.replace(
+        build, config=dataclasses.replace(build.config, teacher=Teacher("openai", "m", give_up_after=20))
+    )
+    (sent.parent / "answers-1.jsonl").write_text(back(lines, 400))
+    with pytest.raises(pipeline.UnfinishedError, match="all 24 requests were rejected, the last with HTTP 400"):
+        batch.read_answers(strict, "assess")
     (sent.parent / "answers-1.jsonl").write_text(back(lines[:20]) + back(lines[20:22], 429))
     assert batch.read_answers(build, "assess") == 20
+    with pytest.raises(pipeline.UnfinishedError, match="(?s)waits for its batch.*requests-00000.jsonl"):
+        batch.exchange(build, "assess", parts)
+    with pytest.raises(pipeline.UnfinishedError, match="stage generate needs stage assess"):
+        batch.exchange(build, "generate", parts)
     (again,) = batch.write_requests(build, "assess", parts)
     assert {json.loads(line)["custom_id"] for line in again.read_text().splitlines()} == {
         line["custom_id"] for line in lines[20:]
@@ -289,6 +419,9 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
     assert pipeline.run_stage(build, "assess", parts) == len(parts)  # nobody listens at the address: all is cached
     rows = [one for part in parts for one in read_rows(pipeline.folders(build)["assess"] / part)]
     assert len(rows) == 24 and not any(one.complex or one.dropped for one in rows)
+    (sent.parent / "answers-3.jsonl").write_text('{"response": null}\n')
+    with pytest.raises(mbeir.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
+        batch.read_answers(build, "assess")
 
 
 def test_requests_without_an_answer_stop_the_stage_and_keep_the_rest(tmp_path):
@@ -305,16 +438,18 @@ def test_requests_without_an_answer_stop_the_stage_and_keep_the_rest(tmp_path):
 def test_configs_of_builds_load_under_their_names():
     for name in ("emoji", "mbeir"):
         assert load_config(name, [], CotConfig, "configs/cot").name == name
-    paper = load_config("mbeir", ["--teacher.model", "other", "--budget.dollars", "5"], CotConfig, "configs/cot")
-    assert (paper.teacher.model, paper.budget.dollars) == ("other", 5.0)
+    paper = load_config("mbeir", ["--teacher.model", "other", "--budget.tokens", "5"], CotConfig, "configs/cot")
+    assert (paper.teacher.model, paper.budget.tokens) == ("other", 5)
     assert set(paper.policy) == set(card.PAPER_REASONING) | {name for name, _ in card.PAPER_SIMPLE}
     with pytest.raises(ValueError, match="choose simple or complex"):
         CotConfig(name="x", policy={"cirr": "hard"})
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         CotConfig(name="x", show_gold=2.0)
+    with pytest.raises(ValueError, match="needs prices: set --verifier.input-price"):
+        CotConfig(name="x", teacher=Teacher(input_price=1.0), budget=Budget(dollars=5.0))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     release = write_release(tmp_path / "release", 8)
     command = [
         sys.executable,
@@ -328,5 +463,11 @@ def test_the_command(tmp_path):
     tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
     waiting = subprocess.run([*command, "--batch", *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
     assert waiting.returncode == 1 and "requests-00000.jsonl" in waiting.stderr, waiting.stderr
-    wrong = subprocess.run([*command, "--stages", "asess"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and "no stage asess" in wrong.stderr
+    options = ["mbeir", "--output", str(tmp_path / "out"), *tokenizer, "--source"]
+    with pytest.raises(SystemExit, match="error: no .*/nowhere/instructions/.*: is this an M-BEIR release"):
+        build_cot.main([*options, str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="error: no prompts 'v9'; there are v1"):
+        build_cot.main([*options, str(release), "--prompts", "v9"])
+    with pytest.raises(SystemExit, match="2"):
+        build_cot.main([*options, str(release), "--stages", "asess"])
+    assert "no stage asess" in capsys.readouterr().err

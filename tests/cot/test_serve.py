@@ -16,9 +16,10 @@ import urllib.request
 import pytest
 
 from tests.cot.release import write_release
-from tests.cot.test_server import config, run
+from tests.cot.test_server import config
 from trace_jax.config import ROOT
 from trace_jax.cot import pipeline
+from trace_jax.cot.build import run
 from trace_jax.cot.cache import Cache
 from trace_jax.cot.config import Teacher
 

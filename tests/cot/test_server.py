@@ -19,7 +19,8 @@ import pytest
 from tests.cot.release import good_trace, kind, write_release
 from tests.cot.server import Scripted, fate
 from trace_jax.config import ROOT
-from trace_jax.cot import pipeline, write
+from trace_jax.cot import pipeline
+from trace_jax.cot.build import run
 from trace_jax.cot.config import CotConfig, Filters, Teacher, Verify
 from trace_jax.cot.schema import order, read_rows
 
@@ -42,13 +43,6 @@ def config(url: str, timeout: float = 6, **changes) -> CotConfig:
         "records": False,
     }
     return CotConfig(**(options | changes))
-
-
-def run(build: pipeline.Build) -> None:
-    parts = pipeline.read_source(build)
-    for stage in pipeline.NAMES:
-        pipeline.run_stage(build, stage, parts)
-    write.write(build, parts)
 
 
 def digests(output: pathlib.Path) -> dict[str, str]:
@@ -111,7 +105,8 @@ def test_exactly_the_right_rows_survive_of_five_thousand(tmp_path):
 SCRIPT = """
 import sys, pathlib
 sys.path.insert(0, {root!r})
-from tests.cot.test_server import config, run
+from tests.cot.test_server import config
+from trace_jax.cot.build import run
 from trace_jax.cot.pipeline import Build
 run(Build(config({url!r}), pathlib.Path({release!r}), pathlib.Path({output!r})))
 """

@@ -6,6 +6,7 @@ import json
 import logging
 import sqlite3
 import time
+from email.utils import formatdate
 
 import pytest
 from aiohttp import web
@@ -73,7 +74,7 @@ def test_the_key_names_all_that_the_answer_depends_on_and_nothing_else():
 
     assert key() == key(qid="7:2", target="7:9") == key({"base_url": "http://elsewhere/v1", "concurrency": 9})
     changed = [key(text="?"), key(system="?"), key(images=(PNG + b"!",)), key(schema=None), key({"model": "n"})]
-    changed += [key({"temperature": 0.5}), key({"seed": 1}), key({"max_tokens": 9})]
+    changed += [key({"temperature": 0.5}), key({"seed": 1}), key({"max_tokens": 9}), key({"structured": "off"})]
     assert len({key(), *changed}) == 1 + len(changed)
 
 
@@ -95,30 +96,41 @@ def test_transient_answers_are_tried_again(status):
     assert results == [Answer("yes", "stop", 10, 5)] and len(times) == 2
 
 
-@pytest.mark.parametrize("text", ["", '{"choices": [{"mess', "[]", '{"choices": []}', '{"choices": [{}]}', "null"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"choices": [{"mess',
+        "[]",
+        '{"choices": []}',
+        '{"choices": [{}]}',
+        "null",
+        '{"choices": [{"message": {"content": [{"type": "text"}]}}]}',
+        '{"error": {"message": "overloaded"}}',
+    ],
+)
 def test_answers_that_are_not_whole_are_tried_again(text):
     cut = lambda: web.Response(text=text, content_type="application/json")  # noqa: E731
     results, times = ask(lambda n, r: good() if n > 1 else cut(), [REQUEST])
     assert results == [Answer("yes", "stop", 10, 5)] and len(times) == 2
 
 
-@pytest.mark.parametrize("value", ["0.3", "date"])
-def test_retry_after_is_honoured_by_all_requests(value):
-    from email.utils import formatdate
-
-    header = formatdate(time.time() + 1.5, usegmt=True) if value == "date" else value
-    busy = web.Response
+@pytest.mark.parametrize("value", ["0.3", "date", "date without a zone"])
+def test_retry_after_is_honoured(value):
+    date = formatdate(time.time() + 1.5, usegmt=value == "date")  # the last ends in -0000
+    header = date if "date" in value else value
 
     def handler(n, request):
-        return busy(status=429, headers={"Retry-After": header}) if n == 1 else good()
+        return web.Response(status=429, headers={"Retry-After": header}) if n == 1 else good()
 
     results, times = ask(handler, [REQUEST], max_backoff=5)
     assert isinstance(results[0], Answer) and times[1] - times[0] >= (0.3 if value == "0.3" else 0.4)
 
 
-def test_a_limit_of_one_holds_the_others_back():
+@pytest.mark.parametrize("headers", [{"Retry-After": "0.4"}, {}])
+def test_a_limit_of_one_holds_the_others_back(headers):
     def handler(n, request):
-        return web.Response(status=429, headers={"Retry-After": "0.4"}) if n == 1 else good()
+        return web.Response(status=429, headers=headers) if n == 1 else good()
 
     async def run():
         times = []
@@ -134,7 +146,7 @@ def test_a_limit_of_one_holds_the_others_back():
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
-        one = client.Client(Teacher(**(vars(MODEL) | {"base_url": url})))
+        one = client.Client(Teacher(**(vars(MODEL) | {"base_url": url, "backoff": 0.8, "max_backoff": 0.8})))
         first = asyncio.create_task(one.ask(REQUEST))
         while not times:
             await asyncio.sleep(0.01)
@@ -159,8 +171,8 @@ def test_a_request_that_is_refused_for_good_is_an_answer():
     assert results[0].error == "HTTP 400: too long" and len(times) == 1
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_stops_everything_at_once(status):
+@pytest.mark.parametrize("status", [401, 402, 403, 404, 405, 410])
+def test_a_wrong_key_or_model_or_an_empty_account_stops_everything_at_once(status):
     results, times = ask(lambda n, r: web.Response(status=status), [REQUEST])
     assert isinstance(results[0], client.StoppedError) and len(times) == 1
 
@@ -259,6 +271,27 @@ def test_the_same_request_is_asked_once_also_while_it_is_in_flight(tmp_path, mon
     assert fake.asked == 1
 
 
+def test_under_a_budget_the_first_request_goes_alone(tmp_path, monkeypatch):
+    """It tells how large requests are: four at once, of unknown size, would cost 400."""
+    fake = _Fake(delay=0.01)  # 100 tokens each
+    options = {"max_tokens": 40, "concurrency": 4}
+    with online(tmp_path, fake, monkeypatch, Budget(tokens=250), **options) as one:
+        results = [future.result(10) for future in [one.submit(request) for request in numbered(8)]]
+    assert fake.asked == sum(isinstance(result, Answer) for result in results) == 2
+    with online(tmp_path, fake, monkeypatch, Budget(tokens=350), **options) as one:  # a later start knows it
+        results = [future.result(10) for future in [one.submit(request) for request in numbered(8)]]
+    assert fake.asked == sum(isinstance(result, Answer) for result in results) == 3
+
+
+def test_a_budget_needs_a_server_that_counts(tmp_path, monkeypatch):
+    fake = _Fake(Answer("yes"))
+    with online(tmp_path, fake, monkeypatch, Budget(dollars=5), concurrency=4) as one:
+        results = [future.result(10) for future in [one.submit(request) for request in numbered(8)]]
+    assert fake.asked == 1 and "does not tell the tokens" in results[-1].why
+    with online(tmp_path, fake, monkeypatch, Budget(), concurrency=4) as one:
+        assert all(isinstance(one.submit(request).result(10), Answer) for request in numbered(8))
+
+
 @pytest.mark.parametrize(
     ("budget", "most"), [(Budget(tokens=1000), 1000), (Budget(dollars=0.001), 1000), (Budget(tokens=90), 100)]
 )
@@ -290,6 +323,25 @@ def test_a_server_that_is_down_is_given_up(tmp_path, monkeypatch):
     connection = sqlite3.connect(tmp_path / "requests.sqlite")
     assert connection.execute("SELECT COUNT(*) FROM answers").fetchone() == (0,)
     connection.close()
+
+
+def test_a_server_that_rejects_everything_drops_nothing(tmp_path, monkeypatch):
+    """An option that the server does not know is refused like a bad request, but of every row."""
+    fake = _Fake(Answer("", error="HTTP 400: no such parameter"))
+    with online(tmp_path, fake, monkeypatch, give_up_after=5, concurrency=1) as one:
+        results = [future.result(10) for future in [one.submit(request) for request in numbered(20)]]
+    assert fake.asked == 5 and all(isinstance(result, teacher.Unanswered) for result in results[4:])
+    assert "5 requests in a row were rejected, the last with HTTP 400: no such" in results[-1].why
+    with online(tmp_path, _Fake(), monkeypatch, give_up_after=5) as one:  # nothing of it was kept
+        assert all(one.submit(request).result(10).text == "yes" for request in numbered(20))
+
+
+def test_some_rejections_are_kept(tmp_path, monkeypatch):
+    fake = _Fake(Answer("", error="HTTP 400: too long"))
+    for _ in range(2):
+        with online(tmp_path, fake, monkeypatch, give_up_after=5) as one:
+            assert all(one.submit(request).result(10) == fake.result for request in numbered(3))
+    assert fake.asked == 3
 
 
 def test_a_wrong_key_stops_the_rest(tmp_path, monkeypatch):

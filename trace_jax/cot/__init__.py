@@ -12,4 +12,5 @@ filters     the rules that a trace must pass; duplicates: the one rule that comp
 stages      assess, generate and verify: a row's requests, and what their answers make of it
 pipeline    the stages as Apache Beam pipelines over parts
 write       the release, the records, Parquet; card: what was built, for people
+build       all of it, in order
 """

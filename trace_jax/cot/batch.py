@@ -5,16 +5,18 @@ A line to send is {"custom_id", "method", "url", "body"}; one that comes back is
 file or number.
 """
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trace_jax.cot.cache import Answer, Cache
-from trace_jax.cot.client import TransientError, key_of, parse, payload
-from trace_jax.cot.pipeline import Build, neighbours
-from trace_jax.cot.prompts import Prompts
+from trace_jax.cot.client import REJECTED, TransientError, key_of, parse, payload, rejection
+from trace_jax.cot.pipeline import Build, UnfinishedError, need_stage_before, neighbours
 from trace_jax.cot.schema import read_rows, write_lines
-from trace_jax.cot.stages import STAGES
+from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import dollars
 from trace_jax.data.builders import mbeir
 
@@ -28,30 +30,44 @@ def folder(build: Build, stage: str) -> Path:
 
 
 def read_answers(build: Build, stage: str) -> int:
-    """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again."""
-    model = STAGES[stage](build.config, Prompts(build.config.prompts), build.release).model()
-    cache, count = Cache(build.cache), 0
-    for path in sorted(folder(build, stage).glob("answers*.jsonl")):
-        for _, record in mbeir.lines(path):
-            response = record.get("response") or {}
-            status = response.get("status_code")
-            if status == 200:
-                try:
-                    answer = parse(response["body"])
-                except (TransientError, KeyError):
-                    continue
-            elif status in (400, 413, 422):
-                answer = Answer("", error=f"HTTP {status}: {json.dumps(response.get('body'))[:200]}")
-            else:
-                continue
-            cache.put(record["custom_id"], stage, model.model, answer, dollars(answer, model))
-            count += 1
-    cache.close()
-    return count
+    """Puts every answer of answers*.jsonl into the cache; returns how many. Lines without one are asked for again.
+
+    Raises ReleaseError for a line that is none of a batch API, and UnfinishedError where all requests were rejected:
+    then they were asked wrongly, and nothing of it is kept.
+    """
+    model = make_stage(stage, build.config, build.release).model()
+    count, rejected = 0, list[tuple[str, Answer]]()
+    with contextlib.closing(Cache(build.cache)) as cache:
+        for path in sorted(folder(build, stage).glob("answers*.jsonl")):
+            for where, record in mbeir.lines(path):
+                if not isinstance(key := record.get("custom_id"), str):
+                    raise mbeir.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
+                response = record.get("response") or {}
+                status, body = response.get("status_code"), response.get("body")
+                if status in REJECTED:
+                    rejected.append((key, rejection(status, json.dumps(body))))
+                elif status == 200 and (answer := _whole(body)) is not None:
+                    cache.put(key, stage, model.model, answer, dollars(answer, model))
+                    count += 1
+        if not count and len(rejected) >= model.give_up_after:
+            raise UnfinishedError(
+                f"stage {stage}: all {len(rejected):,} requests were rejected, the last with {rejected[-1][1].error}."
+                f" Mend the options, and delete {folder(build, stage)}/answers*.jsonl"
+            )
+        for key, answer in rejected:
+            cache.put(key, stage, model.model, answer, 0.0)
+    return count + len(rejected)
+
+
+def _whole(body: Any) -> Answer | None:
+    try:
+        return parse(body)
+    except TransientError:
+        return None
 
 
 def _open_requests(build: Build, stage: str, parts: list[str]) -> Iterator[str]:
-    asking = STAGES[stage](build.config, Prompts(build.config.prompts), build.release)
+    asking = make_stage(stage, build.config, build.release)
     cache, before, seen = Cache(build.cache), neighbours(build, stage)[0], set[str]()
     for part in parts:
         for row in read_rows(before / part):
@@ -88,3 +104,17 @@ def write_requests(build: Build, stage: str, parts: list[str]) -> list[Path]:
             flush()
     flush()
     return written
+
+
+def exchange(build: Build, stage: str, parts: list[str]) -> None:
+    """Reads the answers that are there. Raises UnfinishedError, with the files to send, while some are missing."""
+    if make_stage(stage, build.config, build.release).model().kind == "metadata":
+        return
+    need_stage_before(build, stage, parts)
+    logging.info("%s: %s answers read", stage, f"{read_answers(build, stage):,}")
+    if files := write_requests(build, stage, parts):
+        names = "\n".join(f"  {path}" for path in files)
+        raise UnfinishedError(
+            f"stage {stage} waits for its batch. Send these files:\n{names}\nPut what comes back beside them as"
+            " answers*.jsonl, and run the same command again."
+        )

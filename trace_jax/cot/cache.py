@@ -74,6 +74,13 @@ class Cache:
         )
         return {(stage, model): Spent(*figures) for stage, model, *figures in rows}
 
+    def largest(self, model: str) -> tuple[int, int]:
+        """Most tokens that one request to a model read, and most that it wrote; 0 where none was finished."""
+        found = self._database.execute(
+            "SELECT MAX(prompt_tokens), MAX(completion_tokens) FROM answers WHERE model = ?", (model,)
+        ).fetchone()
+        return found[0] or 0, found[1] or 0
+
     def total(self) -> Spent:
         """What everything cost."""
         parts = self.spent().values()

@@ -1,6 +1,5 @@
 """The dataset card: README.md to share, card.html with pictures to look at, card.json with the figures."""
 
-import base64
 import dataclasses
 import json
 from collections import Counter
@@ -10,10 +9,11 @@ from typing import Any
 import jinja2
 
 from trace_jax.cot.cache import Cache
+from trace_jax.cot.client import data_url
 from trace_jax.cot.pipeline import Build
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import REASONS, write_lines
-from trace_jax.cot.statistics import BINS, Statistics, load
+from trace_jax.cot.statistics import BINS, WIDTHS, Statistics, load
 from trace_jax.data.schema import TASKS
 
 PAPER_REASONING = {"cirr": 24_935, "fashioniq": 15_626, "infoseek": 241_006, "oven": 293_875}
@@ -33,7 +33,6 @@ PAPER_SIMPLE = {
 """Simple samples of each data set and task (Table 10), as rounded there."""
 
 _SHOWN = 24  # kept samples on the page, and twice as many dropped ones at most
-_MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -41,29 +40,32 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _streams(statistics: Statistics) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of Tables 9 and 10: reasoning samples by data set, simple ones by data set and task."""
-    complex_rows: dict[str, Counter[str]] = {name: Counter() for name in PAPER_REASONING}
-    simple_rows: dict[tuple[str, int], int] = dict.fromkeys(PAPER_SIMPLE, 0)
+    """The rows of Tables 9 and 10: reasoning samples by data set, simple ones by data set and task. Own ones come
+    first; where the paper has some and the build none, ours are None.
+    """
+    complex_rows: dict[str, Counter[str]] = {}
+    simple_rows: Counter[tuple[str, int]] = Counter()
     for (dataset, task, stream, reason), count in statistics.table("row"):
         if stream == "complex":
             row = complex_rows.setdefault(dataset, Counter())
             row["labelled"] += count
             row["kept"] += count if not reason else 0
         elif not reason:
-            simple_rows[dataset, task] = simple_rows.get((dataset, task), 0) + count
-    reasoning = [
+            simple_rows[dataset, task] += count
+    reasoning = []
+    for name in [*complex_rows, *(name for name in PAPER_REASONING if name not in complex_rows)]:
+        labelled, kept = (complex_rows.get(name, {}).get(column) for column in ("labelled", "kept"))
+        share = _share(kept, labelled) if kept is not None and labelled else None
+        paper = PAPER_REASONING.get(name)
+        reasoning.append({"dataset": name, "labelled": labelled, "kept": kept, "share": share, "paper": paper})
+    simple = [
         {
             "dataset": name,
-            "labelled": row["labelled"],
-            "kept": row["kept"],
-            "share": _share(row["kept"], row["labelled"]),
-            "paper": PAPER_REASONING.get(name),
+            "task": TASKS[task],
+            "kept": simple_rows.get((name, task)),
+            "paper": PAPER_SIMPLE.get((name, task)),
         }
-        for name, row in complex_rows.items()
-    ]
-    simple = [
-        {"dataset": name, "task": TASKS[task], "kept": kept, "paper": PAPER_SIMPLE.get((name, task))}
-        for (name, task), kept in simple_rows.items()
+        for name, task in [*simple_rows, *(key for key in PAPER_SIMPLE if key not in simple_rows)]
     ]
     return reasoning, simple
 
@@ -165,14 +167,17 @@ def _cost(build: Build) -> list[dict[str, Any]]:
     return [{"stage": stage, "model": model, **dataclasses.asdict(part)} for (stage, model), part in spent.items()]
 
 
+def _histogram(statistics: Statistics, part: str, width: int) -> dict[int, int]:
+    """Tokens from -> rows, from the first bar to the last without a gap."""
+    found = {start: count for (name, start), count in statistics.table("length") if name == part}
+    return {start: found.get(start, 0) for start in range(min(found), max(found) + 1, width)} if found else {}
+
+
 def figures(build: Build, statistics: Statistics) -> dict[str, Any]:
     """Everything that the card tells, as plain JSON values."""
     reasoning, simple = _streams(statistics)
     config = build.config
     names = {hashed: name for name, hashed in Prompts(config.prompts).hashes().items()}
-    lengths: dict[str, dict[int, int]] = {"reasoning": {}, "answer": {}}
-    for (name, start), count in sorted(statistics.table("length")):
-        lengths[name][start] = count
     return {
         "name": config.name,
         "reasoning": reasoning,
@@ -181,7 +186,7 @@ def figures(build: Build, statistics: Statistics) -> dict[str, Any]:
         "dropped": _dropped(statistics),
         "gold": _gold(statistics),
         "policy": _policy(statistics),
-        "lengths": lengths,
+        "lengths": {name: _histogram(statistics, name, width) for name, width in WIDTHS.items()},
         "calibration": calibration(statistics),
         "min_confidence": config.verify.min_confidence,
         "filters": dataclasses.asdict(config.filters),
@@ -196,15 +201,12 @@ def figures(build: Build, statistics: Statistics) -> dict[str, Any]:
 
 
 def _picture(release: Path, relative: str) -> str:
-    """A data URI; "" where there is no picture."""
-    if not relative:
-        return ""
-    data = (release / relative).read_bytes()
-    kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "png")
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    """A data URL; "" where there is no picture."""
+    return data_url((release / relative).read_bytes()) if relative else ""
 
 
 def _bars(histogram: dict[int, int]) -> list[tuple[int, int, float]]:
+    """(tokens from, rows, length of the bar from 0 to 1)."""
     most = max(histogram.values(), default=0)
     return [(start, count, round(count / most, 4)) for start, count in histogram.items()]
 

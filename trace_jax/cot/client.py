@@ -20,9 +20,10 @@ import aiohttp
 from trace_jax.cot.cache import Answer
 from trace_jax.cot.config import Teacher
 
+REJECTED = {400, 413, 422}
+"""Statuses that refuse this one request for good; another one may be answered."""
+_TRANSIENT = {408, 409, 425, 429}  # and every 5xx; all other statuses (key, money, permission, model) refuse everything
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
-_TRANSIENT = {408, 409, 425, 429}  # and every 5xx
-_MISCONFIGURED = {401, 403, 404}  # the key, the permission, the model: no request will do better
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class StoppedError(Exception):
 def payload(request: Request, model: Teacher) -> dict[str, Any]:
     """The body of the request."""
     content: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _data_url(image)}} for image in request.images
+        {"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images
     ]
     content.append({"type": "text", "text": request.text})
     body: dict[str, Any] = {
@@ -88,14 +89,22 @@ def parse(body: dict[str, Any]) -> Answer:
     try:
         choice, usage = body["choices"][0], body.get("usage") or {}
         message = choice["message"]
+        text = message.get("content") or message.get("refusal") or ""
+        if not isinstance(text, str):
+            raise TypeError("text in its content")
         return Answer(
-            text=message.get("content") or message.get("refusal") or "",
+            text=text,
             finish=choice.get("finish_reason") or "stop",
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise TransientError(f"an answer without {error}") from error
+
+
+def rejection(status: int, body: str) -> Answer:
+    """What stands in the cache for a request that the server refuses for good."""
+    return Answer("", error=f"HTTP {status}: {body[:200]}")
 
 
 class Client:
@@ -110,7 +119,7 @@ class Client:
             connector=aiohttp.TCPConnector(limit=model.concurrency),
             trust_env=True,
         )
-        self._next_slot = 0.0  # when the next request may start
+        self._next_slot = 0.0  # no attempt starts before
         self._random = random.Random()
 
     async def ask(self, request: Request) -> Answer:
@@ -133,19 +142,20 @@ class Client:
         url = f"{self._model.base_url.rstrip('/')}/chat/completions"
         try:
             async with self._session.post(url, json=body) as response:
-                if response.status in _MISCONFIGURED:
-                    raise StoppedError(
-                        f"{url} answers {response.status} {response.reason}: check the key and the model"
-                    )
                 if response.status in _TRANSIENT or response.status >= 500:
                     raise _BusyError(response.status, _retry_after(response.headers.get("Retry-After")))
+                if response.status != 200 and response.status not in REJECTED:
+                    raise StoppedError(
+                        f"{url} answers {response.status} {response.reason}: check the address, the key, the model and"
+                        " the account"
+                    )
                 data = await response.read()
         except TimeoutError as error:
             raise TransientError("timeout") from error
         except aiohttp.ClientError as error:
             raise TransientError(f"connection: {type(error).__name__}") from error
         if response.status != 200:
-            return Answer("", error=f"HTTP {response.status}: {data[:200].decode(errors='replace')}")
+            return rejection(response.status, data.decode(errors="replace"))
         try:
             parsed = json.loads(data)
         except ValueError as error:
@@ -153,21 +163,21 @@ class Client:
         return parse(parsed)
 
     async def _wait_for_slot(self) -> None:
-        """Keeps requests apart by the rate, and all of them still while the server asked for it."""
+        """Keeps requests apart by the rate, and all of them still after a 429, also those that wait already."""
         clock = asyncio.get_running_loop().time
-        start = max(clock(), self._next_slot)
+        while (wait := self._next_slot - clock()) > 0:
+            await asyncio.sleep(wait)
         if self._model.requests_per_minute > 0:
-            self._next_slot = start + 60 / self._model.requests_per_minute
-        await asyncio.sleep(start - clock())
+            self._next_slot = clock() + 60 / self._model.requests_per_minute
 
     async def _pause(self, attempt: int, error: TransientError) -> None:
         if isinstance(error, _BusyError) and error.retry_after is not None:
             wait = min(error.retry_after, self._model.max_backoff)
-            if error.status == 429:  # the limit is everyone's
-                self._next_slot = max(self._next_slot, asyncio.get_running_loop().time() + wait)
         else:
             longest = min(self._model.backoff * 2 ** (attempt - 1), self._model.max_backoff)
             wait = longest * self._random.uniform(0.5, 1.0)
+        if isinstance(error, _BusyError) and error.status == 429:  # the limit is everyone's
+            self._next_slot = max(self._next_slot, asyncio.get_running_loop().time() + wait)
         await asyncio.sleep(wait)
 
     async def close(self) -> None:
@@ -193,9 +203,11 @@ def _retry_after(value: str | None) -> float | None:
         moment = email.utils.parsedate_to_datetime(value)
     except ValueError:
         return None
+    moment = moment.replace(tzinfo=moment.tzinfo or datetime.UTC)  # "-0000" is read as no zone
     return max(0.0, (moment - datetime.datetime.now(datetime.UTC)).total_seconds())
 
 
-def _data_url(image: bytes) -> str:
+def data_url(image: bytes) -> str:
+    """An encoded picture as a data URL."""
     kind = next((kind for magic, kind in _MAGIC.items() if image.startswith(magic)), "png")
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

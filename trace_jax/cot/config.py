@@ -23,7 +23,7 @@ class Teacher:
     attempts: int = 6  # of one request, the first included
     backoff: float = 1.0  # seconds before the second attempt; doubles, with jitter
     max_backoff: float = 60.0
-    give_up_after: int = 50  # requests in a row that no attempt got answered: the server is taken for down
+    give_up_after: int = 50  # requests in a row without an answer, or rejected: server or options are taken for wrong
     input_price: float = 0.0  # dollars per million tokens
     output_price: float = 0.0
 
@@ -57,10 +57,10 @@ class Filters:
     refusals: tuple[str, ...] = (
         r"\b(I'm|I am) (sorry|unable|not able)\b",
         r"\bI (can't|cannot|can not|won't) (assist|help|provide|answer|see|view|identify|determine|comply|fulfil)",
-        r"\bas an? (AI|language model|assistant)\b",
+        r"\bas an? (AI|((large |AI )?language model)|((helpful|virtual|AI) assistant))\b",
         r"(^|>)\s*(sure|certainly|of course)[,!]",
         r"\bhere('s| is) (the|your|my) (answer|reasoning|response)",
-        r"\b(feel free|let me know|hope this helps)\b",
+        r"\b(feel free to|let me know|hope this helps)\b",
         r"no image (was|is|has been) (provided|attached|given)",
     )
     duplicate_similarity: float = 0.8  # Jaccard, of character 5-grams of the queries, where picture and answer agree
@@ -102,3 +102,9 @@ class CotConfig:
         for share in (self.audit, self.show_gold, self.verify.controls, *self.show_gold_of.values()):
             if not 0 <= share <= 1:
                 raise ValueError(f"a share is {share}: choose from 0 to 1")
+        for name, model in (("teacher", self.teacher), ("verifier", self.verifier)):
+            free = model.kind == "openai" and not (model.input_price or model.output_price)
+            if self.budget.dollars and free:
+                raise ValueError(
+                    f"a budget in dollars needs prices: set --{name}.input-price and --{name}.output-price"
+                )

@@ -2,6 +2,7 @@
 that of an earlier one is dropped. MinHash finds the likely ones, their exact similarity decides.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -31,8 +32,21 @@ def similarity(one: set[str], other: set[str]) -> float:
     return len(one & other) / len(one | other)
 
 
+@functools.cache
+def _nothing_seen(permutations: int) -> MinHash:
+    """The signature of no shingles, from which all others start: to draw the permutations takes a millisecond."""
+    return MinHash(num_perm=permutations, seed=1)
+
+
+@functools.cache
+def _bands(similarity: float, permutations: int) -> tuple[int, int]:
+    """(number of bands, their rows) of an index for this similarity: to choose them takes a large part of a second."""
+    index = MinHashLSH(threshold=similarity, num_perm=permutations, weights=_WEIGHTS)
+    return index.b, index.r
+
+
 def _minhash(parts: set[str], permutations: int) -> MinHash:
-    found = MinHash(num_perm=permutations, seed=1)
+    found = _nothing_seen(permutations).copy()
     found.update_batch([part.encode() for part in sorted(parts)])
     return found
 
@@ -44,7 +58,8 @@ def duplicates(rows: Iterable[tuple[str, str]], options: Filters) -> Iterator[tu
     ordered = sorted(rows, key=lambda row: order(row[0]))
     if len(ordered) < 2:
         return
-    index = MinHashLSH(threshold=options.duplicate_similarity, num_perm=options.permutations, weights=_WEIGHTS)
+    bands = _bands(options.duplicate_similarity, options.permutations)
+    index = MinHashLSH(num_perm=options.permutations, params=bands)
     kept: dict[str, set[str]] = {}
     same: dict[frozenset[str], str] = {}
     for qid, text in ordered:

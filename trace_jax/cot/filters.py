@@ -15,6 +15,7 @@ import snowballstemmer
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from tokenizers import Tokenizer
 
+from trace_jax.config import ROOT
 from trace_jax.cot.config import Filters
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row
@@ -76,9 +77,15 @@ def _identifier() -> LanguageIdentifier:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of a folder, or of a name on the Hub."""
-    path = Path(name) / "tokenizer.json"
-    return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
+    """The tokenizer of a folder (from the repository's root), or of a name on the Hub. Raises ValueError."""
+    path = ROOT / name / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
+    except Exception as error:  # tokenizers raises no other kind
+        raise ValueError(
+            f"no tokenizer {name!r} ({error}): give --filters.tokenizer a folder with tokenizer.json, or a name on the"
+            " Hub"
+        ) from error
 
 
 class Rules:
@@ -104,7 +111,7 @@ class Rules:
         """The row with its trace taken apart, or dropped. Rows that have no trace to judge come back as they are."""
         if row.dropped or not row.complex:
             return row
-        if self._refusals and (found := self._refusals.search(row.raw)):
+        if self._refusals and (found := self._refusals.search(row.raw.replace("’", "'"))):
             return row.drop("refusal", found[0])
         parts = split_trace(row.raw)
         if parts is None:

@@ -17,16 +17,17 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from trace_jax.cot import duplicates, prompts, source
+from trace_jax.cot import duplicates, source
 from trace_jax.cot.config import CotConfig, Teacher
 from trace_jax.cot.filters import Rules
+from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
-from trace_jax.cot.stages import STAGES, Stage
+from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
 from trace_jax.data.builders import mbeir
 
-VERSION = "1.0.0"
-"""Rises whenever a stage makes other rows of the same options."""
+VERSION = "1.1.0"
+"""Rises whenever a stage makes other rows or files of the same options."""
 
 NAMES = ("assess", "generate", "filter", "verify")
 _LOCAL = "DirectRunner"
@@ -47,6 +48,12 @@ class Build:
     output: Path
     runner: str = _LOCAL
     beam_options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        made = self.output / "release"
+        ours = self.work.exists() and not made.is_symlink() and made.resolve() != self.release.resolve()
+        if made.exists() and not ours:
+            raise ValueError(f"{made} is another data set's, and would be overwritten: choose another --output")
 
     @property
     def work(self) -> Path:
@@ -84,9 +91,8 @@ def _identity(model: Teacher) -> list[Any]:
 def folders(build: Build) -> dict[str, Path]:
     """Stage -> its folder. The first is "source"."""
     config = build.config
-    words = (Path(prompts.__file__).parent / f"prompts/{config.prompts}.toml").read_bytes()
-    prompt = hashlib.sha256(words).hexdigest()
-    instructions = (build.release / "instructions/query_instructions.tsv").read_text("utf-8")
+    asked = Prompts(config.prompts).hashes()
+    instructions = sorted(mbeir.read_instructions(build.release).items())
     depends: dict[str, list[Any]] = {
         "source": [
             mbeir.fingerprint(build.release),
@@ -95,10 +101,10 @@ def folders(build: Build) -> dict[str, Path]:
             config.limit,
             config.verify.controls,
         ],
-        "assess": [_identity(config.teacher), prompt, config.policy, config.audit, config.unanswered],
-        "generate": [_identity(config.teacher), prompt, config.show_gold, config.show_gold_of, config.unanswered],
-        "filter": [dataclasses.asdict(config.filters), prompt],
-        "verify": [_identity(config.verifier), prompt, config.verify.min_confidence, config.unanswered],
+        "assess": [_identity(config.teacher), asked, config.policy, config.audit, config.unanswered],
+        "generate": [_identity(config.teacher), asked, config.show_gold, config.show_gold_of, config.unanswered],
+        "filter": [dataclasses.asdict(config.filters), asked],
+        "verify": [_identity(config.verifier), asked, config.verify.min_confidence, config.unanswered],
     }
     found, key = {}, VERSION
     for stage, parts in depends.items():
@@ -125,8 +131,7 @@ class AskPart(beam.DoFn):
 
     def setup(self) -> None:
         """Opens the teacher."""
-        config = self._build.config
-        self._asking: Stage = STAGES[self._stage](config, prompts.Prompts(config.prompts), self._build.release)
+        self._asking = make_stage(self._stage, self._build.config, self._build.release)
         self._teacher = open_teacher(self._build, self._asking.model())
         self._before, self._after = neighbours(self._build, self._stage)
 
@@ -186,7 +191,7 @@ class JudgePart(beam.DoFn):
 
     def setup(self) -> None:
         """Loads tokenizer and language model."""
-        self._rules = Rules(self._build.config.filters, prompts.Prompts(self._build.config.prompts))
+        self._rules = Rules(self._build.config.filters, Prompts(self._build.config.prompts))
 
     def process(self, part: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
         """Judges what is not judged yet."""
@@ -242,7 +247,7 @@ def _filter(build: Build, parts: list[str]) -> None:
 
 
 def read_source(build: Build) -> list[str]:
-    """The parts of the release's queries, which are written unless they are there."""
+    """The parts of the release's queries, which are written unless they are there. Raises ReleaseError."""
     folder = folders(build)["source"]
     index = folder / "parts.json"
     if not index.exists():
@@ -257,19 +262,26 @@ def missing_parts(build: Build, stage: str, parts: list[str]) -> list[str]:
     return [part for part in parts if not (folder / part).exists()]
 
 
+def need_stage_before(build: Build, stage: str, parts: list[str]) -> None:
+    """Raises UnfinishedError when the stage before is not done."""
+    names = [*folders(build), "write"]
+    before = names[names.index(stage) - 1]
+    if missing_parts(build, before, parts):
+        raise UnfinishedError(f"stage {stage} needs stage {before}, which is not done for these options: run it first")
+
+
 def run_stage(build: Build, stage: str, parts: list[str]) -> int:
     """Writes the parts of a stage that are missing; returns how many those were.
 
     Raises UnfinishedError when the stage before has not been run, or when requests have no answer.
     """
-    names = list(folders(build))
-    before = names[names.index(stage) - 1]
-    if missing_parts(build, before, parts):
-        raise UnfinishedError(f"stage {stage} needs stage {before}, which is not done for these options: run it first")
+    need_stage_before(build, stage, parts)
     todo = missing_parts(build, stage, parts)
     if todo and stage == "filter":
         _filter(build, parts)
     elif todo:
+        model = make_stage(stage, build.config, build.release).model()
+        open_teacher(build, model).close()  # what is wrong with it is said plainly here; by Beam, in a traceback
         with build.pipeline() as pipeline:
             _ = pipeline | beam.Create(todo) | beam.Reshuffle() | stage >> beam.ParDo(AskPart(build, stage))
     if left := missing_parts(build, stage, parts):

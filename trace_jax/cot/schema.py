@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -116,5 +117,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> int:
         for line in lines:
             file.write(line + "\n")
             count += 1
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses its power could leave the name without the lines
     partial.replace(path)
     return count

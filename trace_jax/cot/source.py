@@ -1,25 +1,23 @@
 """A release in M-BEIR's layout -> parts: files of rows, each query with its first target, sorted by qid."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from trace_jax.cot.config import CotConfig
 from trace_jax.cot.schema import Row, chosen, dump, order, write_lines
 from trace_jax.data.builders import mbeir
-from trace_jax.data.builders.mbeir import ReleaseError
+from trace_jax.data.builders.mbeir import QueryRecord, ReleaseError
+from trace_jax.data.schema import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
     text: str
     image: str
-
-    @property
-    def modality(self) -> str:
-        return ",".join(kind for kind, value in (("image", self.image), ("text", self.text)) if value)
+    modality: str
 
 
 def query_files(release: Path) -> list[Path]:
@@ -38,32 +36,43 @@ def dataset_name(path: Path) -> str:
     return found[1]
 
 
-def _queries(release: Path, limit: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(data set, where, record) of every training query, once; of each file the first `limit`, 0 for all."""
+def _present(release: Path) -> mbeir.Picture:
+    """Asks for a picture to be there, and reads nothing of it: the stages that show it will."""
+
+    @functools.cache
+    def there(relative: str) -> bool:
+        return (release / relative).is_file()
+
+    def look(relative: str | None, where: str) -> bytes:
+        if relative and not there(relative):
+            raise ReleaseError(f"{where}: no picture {relative!r} under {release}; unpack mbeir_images there")
+        return b"there" if relative else b""
+
+    return look
+
+
+def _queries(release: Path, limit: int, picture: mbeir.Picture) -> Iterator[tuple[str, str, QueryRecord, str]]:
+    """(data set, where, query, path of its picture) of every training query, once; of each file the first `limit`, 0
+    for all.
+    """
     seen: set[str] = set()
     for path in query_files(release):
         taken = 0
         for where, record in mbeir.lines(path):
-            qid = record.get("qid")
-            if not isinstance(qid, str) or not re.fullmatch(r"\d+:\d+", qid):
-                raise ReleaseError(f'{where}: the qid {qid!r} is not of the form "<dataset_id>:<number>"')
-            if qid in seen:
+            query = mbeir.read_query(where, record, {}, picture)
+            if query["task_id"] not in TASKS:
+                raise ReleaseError(f"{where}: task_id is {query['task_id']}; there are {', '.join(map(str, TASKS))}")
+            if isinstance(record.get("query_img_path"), list):
+                raise ReleaseError(f"{where}: query_img_path is a list, and traces are for queries of one picture")
+            if not query["pos_dids"]:
+                raise ReleaseError(f"{where}: pos_cand_list holds no id of a right answer")
+            if query["qid"] in seen:
                 continue
             if limit and taken >= limit:
                 break
-            seen.add(qid)
+            seen.add(query["qid"])
             taken += 1
-            yield dataset_name(path), where, record
-
-
-def _target(record: dict[str, Any], where: str) -> str:
-    """The did of the first right answer."""
-    positives = record.get("pos_cand_list") or []
-    first = positives[0] if positives else None
-    did = first.get("did") if isinstance(first, dict) else first
-    if not isinstance(did, str):
-        raise ReleaseError(f"{where}: pos_cand_list holds no id of a right answer")
-    return did
+            yield dataset_name(path), where, query, record.get("query_img_path") or ""
 
 
 def _pools(release: Path) -> list[Path]:
@@ -71,14 +80,15 @@ def _pools(release: Path) -> list[Path]:
     return [*([union] if union.exists() else []), *sorted((release / "cand_pool/local").glob("*.jsonl"))]
 
 
-def _candidates(pools: list[Path], dids: set[str]) -> dict[str, _Candidate]:
+def _candidates(pools: list[Path], dids: set[str], picture: mbeir.Picture) -> dict[str, _Candidate]:
     found: dict[str, _Candidate] = {}
     for path in pools:
         if len(found) == len(dids):
             break
-        for _, record in mbeir.lines(path):
+        for where, record in mbeir.lines(path):
             if record.get("did") in dids:
-                found[record["did"]] = _Candidate(record.get("txt") or "", record.get("img_path") or "")
+                read = mbeir.read_candidate(where, record, picture)
+                found[read["did"]] = _Candidate(read["txt"], record.get("img_path") or "", read["modality"])
     return found
 
 
@@ -93,15 +103,11 @@ def _captions(pools: list[Path], images: set[str]) -> dict[str, str]:
     return found
 
 
-def _modality(text: str, image: str) -> str:
-    return _Candidate(text, image).modality
-
-
-def _with_decoys(rows: list[Row], config: CotConfig) -> Iterator[Row]:
-    """Gives the rows chosen as controls the target of a far row of the same file."""
+def _with_decoys(rows: list[Row], controls: dict[str, list[str]]) -> Iterator[Row]:
+    """Gives the controls (qid -> all right answers) the target of a far row of the same file, if that one is wrong."""
     for index, row in enumerate(rows):
         other = rows[(index + len(rows) // 2) % len(rows)]
-        if chosen(row.qid, "control", config.verify.controls) and other.target != row.target:
+        if row.qid in controls and other.target not in controls[row.qid]:
             yield dataclasses.replace(
                 row,
                 decoy=other.target,
@@ -117,32 +123,30 @@ def read(release: Path, config: CotConfig, folder: Path) -> list[str]:
 
     Raises ReleaseError, with the file, the line and the mend, for what is missing or is not in M-BEIR's layout.
     """
-    dids, pictures = set(), set()
-    for _, where, record in _queries(release, config.limit):
-        dids.add(_target(record, where))
-        pictures.add(record.get("query_img_path"))
+    dids, pictures, picture = set(), set(), _present(release)
+    for _, _, query, image in _queries(release, config.limit, picture):
+        dids.add(query["pos_dids"][0])
+        pictures.add(image)
     pools = _pools(release)
-    candidates = _candidates(pools, dids)
+    candidates = _candidates(pools, dids, picture)
     pictures |= {candidate.image for candidate in candidates.values()}
-    for picture in pictures - {None, ""}:
-        if not (release / picture).is_file():
-            raise ReleaseError(f"no picture {picture!r} under {release}; unpack mbeir_images there")
-    captions = _captions(pools, pictures - {None, ""})
+    captions = _captions(pools, pictures - {""})
     instructions = mbeir.read_instructions(release)
     stems: dict[str, list[Row]] = {}
-    for dataset, where, record in _queries(release, config.limit):
-        did = _target(record, where)
+    controls: dict[str, list[str]] = {}
+    for dataset, where, query, image in _queries(release, config.limit, picture):
+        did = query["pos_dids"][0]
         if did not in candidates:
-            raise ReleaseError(f"{where}: the right answer {did} is in no file of cand_pool/")
-        target, text, image = candidates[did], record.get("query_txt") or "", record.get("query_img_path") or ""
-        key = (int(record["qid"].split(":")[0]), _modality(text, image), target.modality)
+            raise ReleaseError(f"{where}: the right answer {did} is in no file of cand_pool/; fetch the pools again")
+        target = candidates[did]
+        prompts = instructions.get((query["dataset_id"], query["modality"], target.modality))
         row = Row(
-            qid=record["qid"],
+            qid=query["qid"],
             dataset=dataset,
             split="train",
-            task=record["task_id"],
-            instruction=(instructions.get(key) or [""])[0],
-            text=text,
+            task=query["task_id"],
+            instruction=prompts[0] if prompts else "",
+            text=query["query_txt"],
             image=image,
             source_caption=captions.get(image, ""),
             target=did,
@@ -151,9 +155,11 @@ def read(release: Path, config: CotConfig, folder: Path) -> list[str]:
             target_caption="" if target.text else captions.get(target.image, ""),
         )
         stems.setdefault(row.stem, []).append(row)
+        if chosen(row.qid, "control", config.verify.controls):
+            controls[row.qid] = query["pos_dids"]
     parts = []
     for stem, rows in sorted(stems.items()):
-        ordered = list(_with_decoys(sorted(rows, key=lambda row: order(row.qid)), config))
+        ordered = list(_with_decoys(sorted(rows, key=lambda row: order(row.qid)), controls))
         for number, start in enumerate(range(0, len(rows), config.part_rows)):
             parts.append(f"{stem}-{number:05}.jsonl")
             write_lines(folder / parts[-1], (dump(row) for row in ordered[start : start + config.part_rows]))

@@ -17,13 +17,13 @@ _NONE = "(none)"
 
 
 def read_json(text: str) -> dict[str, Any] | None:
-    """The JSON object of an answer, which may stand in a fence or between words; None if there is none."""
-    found = re.search(r"\{.*\}", text, re.DOTALL)
-    try:
-        value = json.loads(found[0]) if found else None
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+    """The first JSON object of an answer, which may stand in a fence or between words; None if there is none."""
+    for brace in re.finditer(r"\{", text):
+        try:
+            return json.JSONDecoder().raw_decode(text, brace.start())[0]
+        except ValueError:
+            continue
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,3 +191,8 @@ def _verdict(text: str) -> tuple[bool | None, float | None, str]:
 
 
 STAGES: dict[str, type[Stage]] = {"assess": Assess, "generate": Generate, "verify": Verify}
+
+
+def make_stage(name: str, config: CotConfig, release: Path) -> Stage:
+    """The stage of a build. Raises ValueError for prompts that there are not."""
+    return STAGES[name](config, Prompts(config.prompts), release)

@@ -9,9 +9,10 @@ from typing import Any
 
 from trace_jax.cot.schema import Row
 
-SAMPLES = 2  # rows shown: kept ones of each file, dropped ones of each reason and file
+SAMPLES = 4  # rows shown: kept ones of each file, dropped ones of each reason and file
 BINS = 20  # of the verifier's probability
-_WIDTHS = {"reasoning": 16, "answer": 4}  # tokens of a bar of the histograms
+WIDTHS = {"reasoning": 8, "answer": 2}
+"""Tokens of a bar of the histograms."""
 
 
 def _rank(row: dict[str, Any]) -> str:
@@ -58,7 +59,7 @@ class Statistics:
                 accepted = consistent and confidence > minimum
                 count["verdict", kind, min(int(probability * BINS), BINS - 1), accepted] += 1
         if row.complex and not row.dropped:
-            for name, width in _WIDTHS.items():
+            for name, width in WIDTHS.items():
                 count["length", name, tokens(getattr(row, name)) // width * width] += 1
         if row.complex or row.dropped:
             self._show(row.dropped, vars(row))

@@ -54,10 +54,16 @@ class OnlineTeacher:
         self._cache = Cache(cache)
         self._stopped = ""
         self._failures = 0  # in a row
-        self._largest = Answer("", completion_tokens=model.max_tokens)  # what a request in flight is taken to cost
+        self._rejected: list[tuple[str, Request, Answer]] = []  # in a row: kept only when others are answered
+        read, written = self._cache.largest(model.model)
+        # What a request in flight is taken to cost.
+        self._largest = Answer("", prompt_tokens=read, completion_tokens=max(written, model.max_tokens))
         self._in_flight = 0
         self._pending: dict[str, asyncio.Future[Result]] = {}
-        self._slots = asyncio.Semaphore(model.concurrency)
+        self._capped = bool(budget.tokens or budget.dollars)
+        # Under a budget the first request goes alone: it tells how large requests are.
+        self._shut = model.concurrency - 1 if self._capped and not read else 0
+        self._slots = asyncio.Semaphore(model.concurrency - self._shut)
         spent = self._cache.total()
         self._tokens, self._dollars = spent.tokens, spent.dollars
         self._loop = asyncio.new_event_loop()
@@ -108,6 +114,9 @@ class OnlineTeacher:
             finally:
                 self._in_flight -= 1
             self._failures = 0
+            if answer.error:
+                return self._reject(key, request, answer)
+            self._keep_rejected()
             cost = dollars(answer, self._model)
             self._cache.put(key, request.stage, self._model.model, answer, cost)
             self._tokens += answer.prompt_tokens + answer.completion_tokens
@@ -117,7 +126,26 @@ class OnlineTeacher:
                 prompt_tokens=max(self._largest.prompt_tokens, answer.prompt_tokens),
                 completion_tokens=max(self._largest.completion_tokens, answer.completion_tokens),
             )
+            if self._capped and not answer.prompt_tokens:
+                self._stopped = "the server does not tell the tokens of its answers, so no budget can be kept"
+            for _ in range(self._shut):
+                self._slots.release()
+            self._shut = 0
             return answer
+
+    def _reject(self, key: str, request: Request, answer: Answer) -> Result:
+        """A server that rejects everything is asked wrongly: then nothing is kept, and no row is dropped for it."""
+        self._rejected.append((key, request, answer))
+        if len(self._rejected) < self._model.give_up_after:
+            return answer
+        self._stopped = f"{len(self._rejected)} requests in a row were rejected, the last with {answer.error}"
+        self._rejected.clear()
+        return Unanswered(self._stopped, stopped=True)
+
+    def _keep_rejected(self) -> None:
+        for key, request, answer in self._rejected:
+            self._cache.put(key, request.stage, self._model.model, answer, 0.0)
+        self._rejected.clear()
 
     def _over_budget(self) -> str:
         """Why one request more may break the budget; those in flight count as much as the largest so far."""
@@ -136,6 +164,7 @@ class OnlineTeacher:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        self._keep_rejected()
         self._cache.close()
 
 
@@ -147,8 +176,10 @@ class MetadataTeacher:
         self._right: dict[str, set[str]] = {}
         for path in sorted((release / "qrels/train").glob("*.txt")):
             self._right |= mbeir.load_qrels(path)
-        if not self._traces:
-            raise mbeir.ReleaseError(f"{release}: no traces in cot/, so its metadata cannot teach; choose kind openai")
+        if not self._traces or not self._right:
+            raise mbeir.ReleaseError(
+                f"{release}: no traces in cot/train or no qrels/train, so its metadata cannot teach; choose kind openai"
+            )
 
     def submit(self, request: Request) -> concurrent.futures.Future[Result]:
         """Knows at once."""
@@ -157,7 +188,7 @@ class MetadataTeacher:
         return future
 
     def _text(self, request: Request) -> str:
-        trace = self._traces[request.qid]
+        trace = self._traces.get(request.qid, mbeir.SIMPLE)
         if request.stage == "assess":
             reason = "It has a trace." if trace["complex"] else "It has none."
             return json.dumps({"complex": trace["complex"], "reason": reason})

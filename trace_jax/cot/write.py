@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from trace_jax.cot import card
 from trace_jax.cot.filters import load_tokenizer
-from trace_jax.cot.pipeline import Build, UnfinishedError, folders, missing_parts
+from trace_jax.cot.pipeline import Build, folders, need_stage_before
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
 from trace_jax.cot.statistics import Statistics
 from trace_jax.data.builders import mbeir
@@ -37,6 +37,8 @@ _TYPES = {
 }
 _SCHEMA = pa.schema([(name, _TYPES.get(name, pa.string())) for name in Row.__dataclass_fields__])
 _BATCH = 5000  # rows of a Parquet row group
+_MADE = ("train", "union_train")
+"""The folders of query/ and cot/ whose files are written; all others are the source's."""
 
 
 def trace_line(row: Row) -> str:
@@ -110,37 +112,48 @@ def _keep_queries(source: Path, target: Path, kept: set[str]) -> None:
         write_lines(target, (line.rstrip("\n") for line in file if json.loads(line)["qid"] in kept))
 
 
+def _linked(source: Path) -> Iterator[Path]:
+    """What a built release takes from its source as it is: files of query/ and cot/, since a few of them are made anew,
+    and everything else whole.
+    """
+    for entry in sorted(source.iterdir()):
+        if entry.name in ("query", "cot"):
+            yield from (path for path in sorted(entry.glob("*/*.jsonl")) if path.parent.name not in _MADE)
+        else:
+            yield entry
+
+
 def _write_release(build: Build) -> None:
     source, target = build.release.resolve(), build.output / "release"
     kept: set[str] = set()
     for path in sorted((target / "cot/train").glob("*_cot.jsonl")):
         with path.open(encoding="utf-8") as file:
             kept.update(json.loads(line)["qid"] for line in file)
-    made = {"query": ("train", "union_train"), "cot": ("train",)}
-    for entry in sorted(source.iterdir()):
-        inner = sorted(entry.iterdir()) if entry.name in made else [entry]
-        for path in inner:
-            relative = path.relative_to(source)
-            if path.name in made.get(entry.name, ()):
-                continue
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            (target / relative).unlink(missing_ok=True)
-            (target / relative).symlink_to(path)
-    for folder in made["query"]:
+    for path in _linked(source):
+        link = target / path.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    for folder in _MADE:
         for path in sorted((source / "query" / folder).glob("*.jsonl")):
             _keep_queries(path, target / "query" / folder / path.name, kept)
 
 
-def write(build: Build, parts: list[str]) -> None:
-    """Writes everything anew from the verified parts. Raises UnfinishedError when some are missing."""
-    before = folders(build)["verify"]
-    if missing_parts(build, "verify", parts):
-        raise UnfinishedError("stage write needs stage verify, which is not done for these options: run it first")
+def write(build: Build, parts: list[str]) -> bool:
+    """Writes everything anew from the verified parts, unless that is done; says whether it had to.
+
+    Raises UnfinishedError when some are missing.
+    """
+    need_stage_before(build, "write", parts)
+    before, mark = folders(build)["verify"], build.work / "written.json"
+    done = [before.name, build.config.name, build.config.records, str(build.release)]
+    if mark.exists() and json.loads(mark.read_text("utf-8")) == done:
+        return False
+    mark.unlink(missing_ok=True)
     stems: dict[str, list[str]] = {}
     for part in parts:
         stems.setdefault(part.rsplit("-", 1)[0], []).append(part)
     after = build.work / "statistics"
-    for stale in (build.output / "release/cot/train", build.output / "rows", build.output / "dropped", after):
+    for stale in (build.output / "release", build.output / "rows", build.output / "dropped", after):
         shutil.rmtree(stale, ignore_errors=True)
     with build.pipeline() as pipeline:
         _ = pipeline | beam.Create(list(stems.items())) | beam.Reshuffle() | beam.ParDo(WriteStem(build, before, after))
@@ -149,3 +162,5 @@ def write(build: Build, parts: list[str]) -> None:
     card.write_card(build, lines)
     if build.config.records:
         mbeir.build(build.output / "release", build.output)
+    write_lines(mark, [json.dumps(done)])
+    return True

@@ -78,7 +78,7 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
 def prepare_logging() -> None:
     """Plain lines for people; libraries speak up only to warn."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for library in ("absl", "jax"):
+    for library in ("absl", "jax", "apache_beam"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 

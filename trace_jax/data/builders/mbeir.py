@@ -92,7 +92,8 @@ class Trace(TypedDict):
     answer: str
 
 
-_SIMPLE: Trace = {"complex": False, "reasoning": "", "answer": ""}
+SIMPLE: Trace = {"complex": False, "reasoning": "", "answer": ""}
+"""That of a query which has no line in cot/."""
 
 
 # Reading the release --------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def read_query(where: str, record: dict[str, Any], traces: dict[str, Trace], pic
     images = [picture(path, where) for path in (paths if isinstance(paths, list) else [paths])]
     if isinstance(paths, list) and txt.count(MARK) != len(paths):
         raise ReleaseError(f"{where}: {len(paths)} pictures, {txt.count(MARK)} times {MARK} in the text; mend it")
-    trace = traces.get(qid, _SIMPLE)
+    trace = traces.get(qid, SIMPLE)
     return {
         "qid": qid,
         "query_txt": txt,
@@ -255,6 +256,8 @@ def load_instructions(folder: Path | str) -> dict[tuple[int, str, str], list[str
 def read_instructions(release: Path) -> dict[tuple[int, str, str], list[str]]:
     """(dataset id, query modality, candidate modality) -> prompts, of a release."""
     path = release / "instructions/query_instructions.tsv"
+    if not path.exists():
+        raise ReleaseError(f"no {path}: is this an M-BEIR release?")
     found: dict[tuple[int, str, str], list[str]] = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines()[1:], 2):
         cells = line.split("\t")
@@ -388,7 +391,7 @@ def fingerprint(release: Path) -> str:
     """A digest of what the records are made from: names, sizes and ends of all the text files."""
     digest = hashlib.sha256(VERSION.encode())
     for folder in ("query", "cand_pool", "cot"):
-        for path in sorted((release / folder).rglob("*.jsonl")):
+        for path in sorted((release / folder).glob("*/*.jsonl")):  # also in folders that are links
             size = path.stat().st_size
             with path.open("rb") as file:
                 file.seek(max(0, size - 65536))
