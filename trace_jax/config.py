@@ -143,6 +143,7 @@ class Evaluation:
     samples: int = 1  # traces drawn for each query, whose embeddings are averaged
     cache_gib: float = 4.0  # of a device's memory for the keys and values of the rows that are decoded together
     cache_dtype: Literal["float32", "bfloat16"] | None = None  # of these; None is the model's
+    weights: Literal["int8"] | None = None  # of the layers, while embedding; None is the model's
     dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query

@@ -222,8 +222,19 @@ def test_vectors_cut_to_their_first_features(retriever, documents, queries):
         evaluating(retriever, dimensions=49)
 
 
+def test_int8_weights_change_embeddings_a_little(retriever, documents, queries):
+    small = evaluating(retriever, weights="int8")
+    assert small.key != retriever.key
+    whole, rounded = (each.encode_document(documents).embeddings for each in (retriever, small))
+    assert 0.99 < (whole * rounded).sum(axis=1).min() < 1 - 1e-6
+    assert small.encode_query(queries[:3], "always").reasoned.all()
+    back = evaluating(small, weights=None)
+    np.testing.assert_array_equal(back.encode_document(documents).embeddings, whole)
+    assert back._reads is retriever._reads
+
+
 def test_memory_for_the_slots_changes_nothing_but_their_number(retriever, queries):
-    row = cache_bytes(retriever.model.architecture.language, 64 + 8 + 1, "float32")
+    row = cache_bytes(retriever.model.architecture.language, 64 + 8, "float32")
     frugal = evaluating(retriever, cache_gib=2.5 * row / 2**30, drafts=0)
     found, expected = (each.encode_query(queries, "always") for each in (frugal, retriever))
     assert found.traces == expected.traces

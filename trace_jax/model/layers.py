@@ -40,8 +40,8 @@ def with_adapter(kernel: Array, lora_a: Array, lora_b: Array, scale: float) -> A
 class Linear(nnx.Module):
     """y = x kernel + bias + scale (drop(x) lora_a) lora_b, in `dtypes.compute`.
 
-    `kernel` [in, out]; `bias` [out]; `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b`
-    [rank, out], zeros. Bias and adapters are optional.
+    `kernel` [in, out], or, after `quantize`, in int8 with a `kernel_scale` [out] float32; `bias` [out]; `lora_a`
+    [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b` [rank, out], zeros. Bias and adapters are optional.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Linear(nnx.Module):
     ) -> None:
         kernel = nnx.initializers.lecun_normal()(rngs.params(), (in_features, out_features), jnp.float32)
         self.kernel = nnx.Param(kernel.astype(dtypes.params))
+        self.kernel_scale: nnx.Param | None = None
         self.bias = nnx.Param(jnp.zeros((out_features,), dtypes.params)) if bias else None
         rank = 0 if lora is None else lora.rank
         limit = 1 / math.sqrt(in_features)
@@ -74,6 +75,8 @@ class Linear(nnx.Module):
         leading = x.shape[:-1]
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(self.dtype)
+        if self.kernel_scale is not None:
+            y = y * _row(self.kernel_scale[...], y)
         if self.lora_a is not None and self.lora_b is not None:
             seen = x
             if dropout is not None and self.dropout:
@@ -93,6 +96,17 @@ class Linear(nnx.Module):
         add = jax.jit(with_adapter, out_shardings=kernel.sharding)
         self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...], self.scale).astype(kernel.dtype)
         self.lora_a = self.lora_b = None
+
+    def quantize(self) -> None:
+        """Rounds the kernel (of one layer, or of a stack) to int8, symmetrically, each output feature to its scale."""
+
+        def split(kernel: Array) -> tuple[Array, Array]:
+            kernel = kernel.astype(jnp.float32)
+            scale = jnp.maximum(jnp.abs(kernel).max(axis=-2, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+            return jnp.round(kernel / scale).astype(jnp.int8), scale[..., 0, :]
+
+        kernel, scale = jax.jit(split)(self.kernel[...])
+        self.kernel, self.kernel_scale = nnx.Param(kernel), nnx.data(nnx.Param(scale))  # None was no data
 
 
 class RMSNorm(nnx.Module):
