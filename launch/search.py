@@ -1,10 +1,13 @@
 """Searches with a trained run, prints the results and saves a picture of them.
 
 python launch/search.py "a firefighter with dark skin" --image picture.png --instruction "Find ..."
+
+`--json` prints the query, the trace and the results as one JSON object, and nothing else.
 """
 
 import argparse
 import hashlib
+import json
 import pathlib
 import sys
 
@@ -30,6 +33,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, help="results (default 5)")
     parser.add_argument("--mode", choices=MODES, help="default: the config's")
     parser.add_argument("--output", help="the picture; default <run_dir>/searches/<digest>.png")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     options, overrides = parser.parse_known_args()
     if options.top < 1:
         parser.error("--top must be at least 1")
@@ -41,6 +45,9 @@ def main() -> None:
         digest = hashlib.sha256(repr((query, answer.pool, options.mode)).encode()).hexdigest()[:12]
         path = epath.Path(options.output or f"{chosen.run_dir}/searches/{digest}.png")
         search.save_picture(answer, path)
+    if options.json:
+        print(json.dumps(search.to_json(chosen, answer) | {"picture": str(path)}, indent=2, ensure_ascii=False))
+        return
     print(f"instruction  {answer.query.instruction}")
     print(f"the model    {answer.trace or 'wrote no trace: <|emb|> came first'}")
     for rank, hit in enumerate(answer.hits, start=1):

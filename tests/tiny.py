@@ -8,6 +8,7 @@ from trace_jax.data.processor import Geometry, Packed, pack, patchify, rope_posi
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from trace_jax.retrieval.packing import Packer
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153  # special tokens
 EMB, TURN_END, PAD = 155, 156, 0
@@ -48,10 +49,16 @@ def architecture(tie: bool = False) -> Architecture:
     )
 
 
-def sequence(seed: int, words: int, images: Sequence[tuple[int, int]] = (), geometry: Geometry = GEOMETRY) -> Tokens:
-    """Random words with random images of (height, width) pixels between them."""
+def sequence(
+    seed: int,
+    words: int,
+    images: Sequence[tuple[int, int]] = (),
+    geometry: Geometry = GEOMETRY,
+    begin: Sequence[int] = (),
+) -> Tokens:
+    """Random words with random images of (height, width) pixels between them; `begin` are the first tokens."""
     rng = np.random.default_rng(seed)
-    pieces, patches = [rng.integers(1, 140, words)], []
+    pieces, patches = [np.array(begin, int), rng.integers(1, 140, words)], []
     for height, width in images:
         image = patchify(rng.integers(0, 256, (height, width, 3)).astype(np.uint8), geometry)
         patches.append(image)
@@ -59,6 +66,11 @@ def sequence(seed: int, words: int, images: Sequence[tuple[int, int]] = (), geom
     tokens = np.concatenate(pieces).astype(np.int32)
     is_visual = tokens == IMAGE
     return Tokens(tokens, rope_positions(is_visual, [image.grid for image in patches]), tuple(patches), is_visual)
+
+
+def packer(most: int, *, row_length: int = 64, share: bool = True) -> Packer:
+    """Packs for one shard at most so many sequences at once."""
+    return Packer(GEOMETRY, PAD, most, 1, row_length, 192, share)
 
 
 SEQUENCES = (

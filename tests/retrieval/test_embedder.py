@@ -18,6 +18,7 @@ from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.training.checkpoint import CheckpointError, read_config
+from trace_jax.training.train import load_model
 
 
 @pytest.fixture(scope="module")
@@ -222,8 +223,19 @@ def test_vectors_cut_to_their_first_features(retriever, documents, queries):
         evaluating(retriever, dimensions=49)
 
 
+def test_a_base_in_int8_changes_embeddings_a_little(retriever, documents, queries):
+    model = dataclasses.replace(retriever.config.model, param_dtype="int8")
+    config = dataclasses.replace(retriever.config, model=model)
+    base = load_model(config, retriever.processor, retriever.mesh)
+    small = Retriever(base, retriever.processor, config, retriever.mesh, step=0, identity=retriever.identity)
+    assert small.key != retriever.key
+    whole, rounded = (each.encode_document(documents).embeddings for each in (retriever, small))
+    assert 0.99 < (whole * rounded).sum(axis=1).min() < 1 - 1e-6
+    assert small.encode_query(queries[:3], "always").reasoned.all()
+
+
 def test_memory_for_the_slots_changes_nothing_but_their_number(retriever, queries):
-    row = cache_bytes(retriever.model.architecture.language, 64 + 8 + 1, "float32")
+    row = cache_bytes(retriever.model.architecture.language, 64 + 8, "float32")
     frugal = evaluating(retriever, cache_gib=2.5 * row / 2**30, drafts=0)
     found, expected = (each.encode_query(queries, "always") for each in (frugal, retriever))
     assert found.traces == expected.traces

@@ -82,6 +82,51 @@ def test_an_index_comes_back_from_disk(tmp_path):
     assert loaded.about["kind"] == "exact"
 
 
+@pytest.mark.parametrize("kind", ["exact", "hashed", "tree", "several"])
+def test_candidates_are_added_and_deleted(tmp_path, monkeypatch, kind):
+    if kind in ("hashed", "tree"):
+        monkeypatch.setattr(index_module, "EXACT_BELOW", 100)
+        monkeypatch.setattr(index_module, "FLAT_BELOW", 10**6 if kind == "hashed" else 200)
+    x = vectors(400)
+    x[350] = x[10]  # what is added later ties with what was there
+    ids = np.random.default_rng(1).permutation(4000)[:400].astype(np.int64)
+    old, new, gone = np.arange(300), np.arange(300, 400), np.array([0, 7, 299, 310, 399])
+    index = SearchIndex.build(
+        x[old[np.argsort(ids[old])]], np.sort(ids[old]), largest=150 if kind == "several" else 300
+    )
+    index.add(x[new], ids[new])
+    index.delete(ids[gone])
+    left = np.setdiff1d(np.arange(400), gone)
+    left = left[np.argsort(ids[left])]
+    folder = epath.Path(tmp_path) / "pool"
+    index.save(folder)
+    for each in (index, SearchIndex.load(folder)):
+        np.testing.assert_array_equal(each.ids, ids[left])
+        rows, scores = each.search(x, 5, leaves=20 if kind == "tree" else None)
+        expected, expected_scores = exact_search(x, x[left], 5)
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+        assert each.about["candidates"] == len(left)
+    loaded = SearchIndex.load(folder)
+    loaded.add(x[gone], ids[gone])
+    again = SearchIndex.build(x[np.argsort(ids)], np.sort(ids))
+    np.testing.assert_array_equal(loaded.ids, again.ids)
+    assert loaded.about["dids"] == again.about["dids"]
+
+
+def test_an_impossible_change_of_an_index_names_the_candidate():
+    index = SearchIndex.build(vectors(4), np.arange(4, dtype=np.int64))
+    with pytest.raises(ValueError, match="candidate 0:2 is in the index already"):
+        index.add(vectors(2), np.array([9, 2]))
+    with pytest.raises(ValueError, match="candidate 0:8 is in the index already"):
+        index.add(vectors(2), np.array([8, 8]))
+    with pytest.raises(ValueError, match="candidate 0:9 is not in the index"):
+        index.delete(np.array([1, 9]))
+    with pytest.raises(ValueError, match="without candidates"):
+        index.delete(np.arange(4))
+    assert index.ids.tolist() == [0, 1, 2, 3]
+
+
 def test_a_missing_stale_or_torn_index_is_refused(tmp_path):
     folder = epath.Path(tmp_path) / "pool"
     with pytest.raises(MissingStageError, match="make quickstart"):

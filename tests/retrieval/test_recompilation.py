@@ -9,8 +9,9 @@ from PIL import Image
 
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor
-from trace_jax.retrieval import embedder, generation
-from trace_jax.retrieval.embedder import LEAST_LENGTH, LEAST_PATCHES, Retriever, _rounded
+from trace_jax.retrieval import embedder
+from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.packing import LEAST_LENGTH, LEAST_PATCHES, rounded
 
 LONGEST_PROMPT, MOST_PATCHES = 256, 512
 
@@ -42,9 +43,9 @@ def files() -> list[bytes]:
 @pytest.mark.slow
 def test_packed_documents(wide, files, capsys):
     documents = [Document("a picture" * (i % 3), file) for i, file in enumerate(files)]
-    before = embedder._read._cache_size()
+    before = embedder._read.compilations
     vectors = wide.encode_document(documents, rooms=wide.rooms_for(documents[:200])).embeddings
-    programs, buckets = embedder._read._cache_size() - before, 1  # all of them have an image
+    programs, buckets = embedder._read.compilations - before, 1  # all of them have an image
     with capsys.disabled():
         print(f"\n{len(documents)} documents of random sizes: {programs} programs, {buckets} bucket")
     assert np.isfinite(vectors).all()
@@ -52,14 +53,14 @@ def test_packed_documents(wide, files, capsys):
 
 
 @pytest.mark.slow
-def test_prompts_one_a_row(wide, files, capsys):
+def test_one_prompt_at_a_time(wide, files, capsys):
     queries = [Query("more of these" * (i % 5), file, "Find it.") for i, file in enumerate(files)]
-    lengths = {_rounded(length, LEAST_LENGTH) for length in range(1, LONGEST_PROMPT + 1)}
-    patches = {_rounded(length, LEAST_PATCHES) for length in range(1, MOST_PATCHES + 1)}
-    before = generation._read.compilations
-    results = wide.encode_query(queries, "direct")
-    programs, buckets = generation._read.compilations - before, len(lengths) * len(patches)
+    lengths = {rounded(length, LEAST_LENGTH) for length in range(1, LONGEST_PROMPT + 1)}
+    patches = {rounded(length, LEAST_PATCHES) for length in range(1, MOST_PATCHES + 1)}
+    before = embedder._read.compilations
+    vectors = np.concatenate([wide.encode_query([query], "direct").embeddings for query in queries])
+    programs, buckets = embedder._read.compilations - before, len(lengths) * len(patches)
     with capsys.disabled():
         print(f"\n{len(queries)} prompts with images of random sizes: {programs} programs, {buckets} buckets")
-    assert np.isfinite(results.embeddings).all()
+    assert np.isfinite(vectors).all()
     assert len(patches) / 2 < programs <= buckets  # the sizes do vary

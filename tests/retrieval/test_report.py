@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image
 from trace_jax.data.schema import Query
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.report import curves, data_uri, write_report
-from trace_jax.retrieval.search import choose_pool, draw, read_query, search
+from trace_jax.retrieval.search import choose_pool, draw, read_query, search, to_json
 
 
 def test_the_page_stands_alone_and_shows_enough(evaluated, benchmark_):
@@ -87,6 +88,12 @@ def test_a_search_finds_and_draws(evaluated, benchmark_, retriever, monkeypatch)
     text_only = search(config, Query("a cat"), pool="t2t", top=2, mode="direct")
     assert text_only.trace == ""
     assert draw(text_only).height > 100
+    said = json.loads(json.dumps(to_json(config, answer)))
+    assert (said["pool"], said["trace"], said["instruction"]) == (answer.pool, answer.trace, answer.query.instruction)
+    assert [(each["did"], each["score"]) for each in said["results"]] == [(hit.did, hit.score) for hit in answer.hits]
+    for hit, each in zip(answer.hits, said["results"], strict=True):
+        assert epath.Path(each["image"]).read_bytes() == hit.document.image
+    assert [each["image"] for each in to_json(config, text_only)["results"]] == [None, None]
 
 
 def test_a_search_without_an_index_says_what_to_run(fresh_config):

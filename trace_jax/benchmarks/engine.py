@@ -139,8 +139,8 @@ def _load(options: Options) -> Retriever:
 def transformers(options: Flat = Options(), count: int = 128) -> None:
     """The engine beside transformers: same weights, prompts and processors, and the same tokens out.
 
-    Ours is timed from text and image files; transformers is given prepared tensors, sorted by length, in the best of
-    several batch sizes.
+    Ours is timed from texts and image files, and from tokens and pixels, which it still has to pack; transformers is
+    given tensors that are ready, sorted by length, in the best of several batch sizes.
 
     Args:
         options: which run, and how it is measured.
@@ -153,9 +153,13 @@ def transformers(options: Flat = Options(), count: int = 128) -> None:
         convert.export_merged(retriever.config, f"{folder}/model", dtype="float32")
         theirs = _Transformers(f"{folder}/model", retriever)
     sizes = (16, 64)
+    read, deep_read = ([retriever.processor.query(query) for query in some] for some in (queries, hard))
+    rooms = retriever._packer.rooms(read)
     contestants: dict[str, Callable[[], Any]] = {
         "direct, trace_jax": lambda: retriever.encode_query(queries, "direct").embeddings,
         "always, trace_jax": lambda: retriever.encode_query(hard, "always").traces,
+        "direct, trace_jax from tokens": lambda: retriever._encode_window(read, rooms),
+        "always, trace_jax from tokens": lambda: retriever._generate(deep_read, "always"),
     }
     for size in sizes:
         direct, always = theirs.batches(queries, size), theirs.batches(hard, size)
@@ -169,8 +173,10 @@ def transformers(options: Flat = Options(), count: int = 128) -> None:
     off = np.abs(outputs["direct, trace_jax"] - outputs[f"direct, transformers, {sizes[0]} at once"]).max()
     same = np.mean([a == b for a, b in zip(written, outputs[f"always, transformers, {sizes[0]} at once"], strict=True)])
     ratios = {
-        kind: min(seconds[f"{kind}, transformers, {size} at once"] for size in sizes) / seconds[f"{kind}, trace_jax"]
+        f"{kind}{start}": min(seconds[f"{kind}, transformers, {size} at once"] for size in sizes)
+        / seconds[f"{kind}, trace_jax{start}"]
         for kind in ("direct", "always")
+        for start in ("", " from tokens")
     }
     print(
         f"\n{len(hard)} traces, {same:.1%} the same; embeddings of {len(queries)} queries differ by at most {off:.1e}"

@@ -21,6 +21,7 @@ from trace_jax.model.flops import forward_flops
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters
 from trace_jax.retrieval import generation
+from trace_jax.retrieval.packing import Rows
 from trace_jax.training.losses import loss_parameters
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import TrainState, make_train_step, split_model, state_shardings
@@ -215,22 +216,29 @@ def generation_programs(config: Config, architecture: Architecture, mesh: jax.sh
         patch_rows=rows,
         patches=data.patch_row_length,
     )
+    places = (_split(mesh, (shards, rows), jnp.int32) for _ in range(3))
     decoding = generation.Decoding(
         (architecture.language.vocab_size - 1,), options.max_trace_tokens, drafts=options.drafts
     )
-    how = {"decoding": decoding, "mode": "adaptive"}
-    prefill = Program("prefill", generation._prefill.jitted, (model, inputs), how, model, ())
-    length = decoding.cache_length(prompt_length(config, architecture))
+    longest = prompt_length(config, architecture)
+    how = {"decoding": decoding, "mode": "adaptive", "longest": longest}
+    prefill = Program("prefill", generation._prefill.jitted, (model, Rows(inputs, *places)), how, model, ())
     heads = "tensor" if architecture.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
     slots = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape,
             leaf.dtype,
-            sharding=NamedSharding(mesh, P(sharding.BATCH_AXES, *([heads] if leaf.ndim == 4 else []))),
+            sharding=NamedSharding(mesh, P(sharding.BATCH_AXES, *([heads] if leaf.ndim == 4 else [])))
+            if leaf.ndim
+            else sharding.replicated(mesh),
         ),
         jax.eval_shape(
             lambda: generation._empty_slots(
-                architecture.language, options.batch_size, length, options.cache_dtype or config.model.dtype
+                architecture.language,
+                options.batch_size,
+                longest,
+                decoding,
+                options.cache_dtype or config.model.dtype,
             )
         ),
     )

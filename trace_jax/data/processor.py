@@ -20,7 +20,7 @@ from collections.abc import Sequence as SequenceOf
 import numpy as np
 from PIL import Image, ImageOps
 
-from trace_jax.data.schema import Inputs
+from trace_jax.data.schema import SHARED, Inputs
 
 MOST_PIXELS = 80_000_000  # of an image file; above it, the file is taken for a decompression bomb
 LONGEST = 200  # the longer side over the shorter one; the reference's limit
@@ -283,7 +283,8 @@ class Packed:
     """Rows of one shard, without the leading S, and where each sequence went."""
 
     inputs: Inputs
-    starts: np.ndarray  # [sequences] int32: flat slot of the first token; -1 where the sequence found no room
+    starts: np.ndarray  # [sequences] int32: flat slot of the first token, or of the first that is not shared; -1 where
+    # the sequence found no room
 
 
 def pack(
@@ -295,8 +296,11 @@ def pack(
     patch_rows: int,
     patch_row_length: int,
     pad_token: int,
+    shared: int = 0,
 ) -> Packed:
     """Packs sequences into `rows` x `row_length` tokens and their images into `patch_rows` x `patch_row_length`.
+
+    The first `shared` tokens, text that all the sequences have in common, stand once at the beginning of each row.
 
     A sequence that finds no room, or whose images find none, is left out as a whole (start -1). An image that several
     sequences hold (the same object) is packed, and computed, once. Raises ValueError when a sequence is longer than a
@@ -307,7 +311,8 @@ def pack(
     rows_of_images = first_fit([len(image.values) for image in images], patch_row_length, patch_rows)
     image_row = {id(image): row for image, row in zip(images, rows_of_images, strict=True)}
     fits = [i for i, sequence in enumerate(sequences) if all(image_row[id(image)] >= 0 for image in sequence.images)]
-    text_rows = dict(zip(fits, first_fit([len(sequences[i]) for i in fits], row_length, rows), strict=True))
+    own = first_fit([len(sequences[i]) - shared for i in fits], row_length - shared, rows)
+    text_rows = dict(zip(fits, own, strict=True))
 
     tokens = np.full((rows, row_length), pad_token, np.int32)
     segments = np.zeros((rows, row_length), np.int32)
@@ -338,13 +343,19 @@ def pack(
         row = text_rows.get(i, -1)
         if row < 0:
             continue
-        at = slice(used[row], used[row] + len(sequence))
+        if shared and not used[row]:
+            begin = slice(0, shared)
+            tokens[row, begin], positions[row, begin] = sequence.tokens[begin], sequence.positions[begin]
+            segments[row, begin], used[row] = SHARED, shared
+        at = slice(used[row], used[row] + len(sequence) - shared)
         count[row] += 1
-        tokens[row, at], segments[row, at], positions[row, at] = sequence.tokens, count[row], sequence.positions
+        tokens[row, at], positions[row, at] = sequence.tokens[shared:], sequence.positions[shared:]
+        segments[row, at] = count[row]
         if sequence.images:
-            visual_index[row, at][sequence.is_visual] = np.concatenate([slots[id(each)] for each in sequence.images])
+            index = np.concatenate([slots[id(each)] for each in sequence.images])
+            visual_index[row, at][sequence.is_visual[shared:]] = index
         starts[i] = row * row_length + used[row]
-        used[row] += len(sequence)
+        used[row] = at.stop
     return Packed(
         Inputs(tokens, segments, positions, visual_index, patches, patch_positions, image_segments, window_segments),
         starts,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+SHARED = -1  # the segment of a beginning that all sequences of a row have in common: each of them sees it
 Array = Any  # numpy on the host, jax.Array on the devices: one struct for both
 
 # M-BEIR's task ids; i is image, t text, it both. 5 (i -> it) exists in no data set.
@@ -100,12 +101,13 @@ class Example:
 class Inputs(NamedTuple):
     """What the model reads: sequences packed into rows, and the patches of their images packed into rows.
 
-    A row of text holds several sequences, told apart by `segments`; attention never crosses a segment. Patches are
-    in window order (the order in which Qwen2.5-VL computes), merge units of 4 contiguous.
+    A row of text holds several sequences, told apart by `segments`; attention never crosses a segment, but that all of
+    a row see its SHARED beginning, if it has one. Patches are in window order (the order in which Qwen2.5-VL
+    computes), merge units of 4 contiguous.
     """
 
     tokens: Array  # [S, R, L] int32; padding is the pad token
-    segments: Array  # [S, R, L] int32; 1, 2, ... within a row; 0 is padding
+    segments: Array  # [S, R, L] int32; 1, 2, ... within a row; 0 is padding, -1 a beginning that the row shares
     positions: Array  # [S, R, L, 3] int32: M-RoPE time, height, width; padding is 0
     visual_index: Array  # [S, R, L] int32: which merged patch of the shard (0 .. V*P/4 - 1) stands here; -1 is text
     patches: Array  # [S, V, P, channels * patch * patch] uint8; padding is 0

@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
+from trace_jax.data.schema import SHARED
 from trace_jax.model.layers import ATTENTION
 
 Array = jax.Array
@@ -39,8 +40,9 @@ def attention(
 
     q [rows, heads, length_q, head_dim]; k, v [rows, kv_heads, length_kv, head_dim], each kv head serving
     heads / kv_heads neighbouring heads; segments_q [rows, length_q], segments_kv [rows, length_kv] int32, 0 is padding:
-    it is never seen, and its own result is 0. `causal` hides later slots. The softmax is float32. Returns
-    [rows, heads, length_q, head_dim] in q's dtype.
+    it is never seen, and its own result is 0; SHARED is seen by all of the row (not in splash, which knows equal
+    segments alone). `causal` hides later slots. The softmax is float32. Returns [rows, heads, length_q, head_dim] in
+    q's dtype.
 
     Raises ValueError for an unknown backend, and for queries and keys that are not the same slots where that is
     needed: a causal call, and splash, in which a query must see itself.
@@ -55,33 +57,24 @@ def attention(
     if backend == "splash":
         return _splash(q, k, v, segments_q, segments_kv, causal)
     if not causal:
-        return checkpoint_name(_attend(q, k, v, _same_segment(segments_q, segments_kv)), ATTENTION)
+        return checkpoint_name(attend(q, k, v, _same_segment(segments_q, segments_kv)), ATTENTION)
     block = length // CAUSAL_BLOCKS if length >= 128 and length % CAUSAL_BLOCKS == 0 else length
     parts = []
     for start in range(0, length, block):  # a block of queries leaves out the keys after it
         rows, keys = slice(start, start + block), slice(0, start + block)
         earlier = jnp.tril(jnp.ones((block, start + block), bool), start)[None]
         seen = earlier & _same_segment(segments_q[:, rows], segments_kv[:, keys])
-        parts.append(_attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen))
+        parts.append(attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen))
     return checkpoint_name(jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], ATTENTION)
-
-
-def attend_to_cache(q: Array, k: Array, v: Array, lengths: Array) -> Array:
-    """Attention of the next tokens to a cache that holds them already; scaled, and in float32, as `attention`.
-
-    q [rows, heads, n, head_dim]; k, v [rows, kv_heads, slots, head_dim]; token i of a row stands in slot
-    lengths[row] + i and sees the slots up to its own. Returns [rows, heads, n, head_dim].
-    """
-    own = lengths[:, None] + jnp.arange(q.shape[2], dtype=jnp.int32)[None]
-    return _attend(q, k, v, jnp.arange(k.shape[2], dtype=jnp.int32)[None, None] <= own[:, :, None])
 
 
 def _same_segment(segments_q: Array, segments_kv: Array) -> Array:
     """[rows, length_q], [rows, length_kv] -> [rows, length_q, length_kv] bool."""
-    return (segments_q[:, :, None] == segments_kv[:, None, :]) & (segments_q > 0)[:, :, None]
+    seen = (segments_q[:, :, None] == segments_kv[:, None, :]) | (segments_kv == SHARED)[:, None, :]
+    return seen & (segments_q != 0)[:, :, None]
 
 
-def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     """Shapes as `attention`; mask [rows, length_q, length_kv] bool: who sees whom."""
     rows, heads, length, width = q.shape
     kv_heads, slots = k.shape[1:3]
@@ -95,7 +88,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     return jnp.einsum("bhqk,bhkd->bhqd", weights.reshape(rows, kv_heads, -1, slots), v).reshape(q.shape)
 
 
-def _splash(  # noqa: PLR0917 (as `_attend`)
+def _splash(  # noqa: PLR0917 (as `attend`)
     q: Array, k: Array, v: Array, segments_q: Array, segments_kv: Array, causal: bool
 ) -> Array:
     """Shapes as `attention`, one query a key. Any length: rows are filled up with padding to whole lanes.

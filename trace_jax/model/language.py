@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import Backend, attend_to_cache, attention
+from trace_jax.model.attention import Backend, attend, attention
 from trace_jax.model.layers import (
     ATTENTION,
     DTypes,
@@ -145,26 +145,22 @@ class Decoder(nnx.Module):
         segments: Array,
         positions: Array,
         *,
-        cache_length: int | None = None,
+        keep: bool = False,
         dropout: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Packed rows: x [rows, L, hidden], segments [rows, L], positions [rows, L, 3] int32.
 
-        Returns the states after the final norm [rows, L, hidden] float32, and, when `cache_length` >= L is given, the
-        keys and values of every layer in caches of so many slots (else an empty tuple). `dropout` is the step's key
-        of the adapters' dropout, None: off.
+        Returns the states after the final norm [rows, L, hidden] float32, and, to `keep`, the keys and values of every
+        layer, L slots a row (else an empty tuple). `dropout` is the step's key of the adapters' dropout, None: off.
         """
         rotary = self._rotary(positions)
 
-        def attend(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
+        def within(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
             y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.attention)
-            if cache_length is None:
-                return y, None
-            room = ((0, 0), (0, 0), (0, cache_length - k.shape[2]), (0, 0))
-            return y, (jnp.pad(k, room), jnp.pad(v, room))
+            return y, (k, v) if keep else None
 
         def body(layer: DecoderLayer, x: Array, index: Array) -> tuple[Array, LayerCache | None]:
-            return layer(x, rotary, attend, None if dropout is None else jax.random.fold_in(dropout, index))
+            return layer(x, rotary, within, None if dropout is None else jax.random.fold_in(dropout, index))
 
         x, kept = run_layers(
             body,
@@ -175,27 +171,30 @@ class Decoder(nnx.Module):
             scan=self.scan_layers,
             remat=self.remat,
         )
-        return self.norm(x), () if cache_length is None else tuple(kept)
+        return self.norm(x), tuple(kept) if keep else ()
 
-    def decode(self, x: Array, positions: Array, cache: Cache, lengths: Array) -> tuple[Array, Cache]:
-        """The next n tokens of every row: x [rows, n, hidden], positions [rows, n, 3], lengths [rows] int32.
+    def decode(self, x: Array, positions: Array, cache: Cache, at: Array, seen: Array) -> tuple[Array, Cache]:
+        """The next n tokens of every row: x [rows, n, hidden], positions [rows, n, 3], at [] int32.
 
-        The tokens take the slots from lengths[row], the number of slots filled so far, and see the slots up to their
-        own. Returns their states after the final norm [rows, n, hidden] float32, and the cache with the tokens in it,
-        which may be of another dtype than the states. Unrolled over layers whatever `scan_layers` says; attention is
-        XLA's, whose few rows of scores are small.
+        The tokens of all rows take the slots from `at`, so that the cache is written in place by one slice, and see
+        the slots that `seen` [rows, n, slots] bool tells. Returns their states after the final norm [rows, n, hidden]
+        float32, and the cache with the tokens in it, which may be of another dtype than the states. Unrolled over
+        layers whatever `scan_layers` says; attention is XLA's, whose few rows of scores are small.
         """
         rotary = self._rotary(positions)
-        write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=1))
+
+        def write(old: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
+
         caches = []
         for layer, (keys, values) in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
 
-            def attend(
+            def to_cache(
                 q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values
             ) -> tuple[Array, LayerCache]:
-                kept = write(keys, k.astype(keys.dtype), lengths), write(values, v.astype(values.dtype), lengths)
-                return attend_to_cache(q, kept[0].astype(q.dtype), kept[1].astype(q.dtype), lengths), kept
+                kept = write(keys, k), write(values, v)
+                return attend(q, kept[0].astype(q.dtype), kept[1].astype(q.dtype), seen), kept
 
-            x, kept = layer(x, rotary, attend)
+            x, kept = layer(x, rotary, to_cache)
             caches.append(kept)
         return self.norm(x), tuple(caches)

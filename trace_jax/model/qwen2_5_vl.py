@@ -138,7 +138,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         return jnp.where((tokens == self.emb_token_id)[..., None], row, x)
 
     def _read(
-        self, inputs: Inputs, visual: Array | None, cache_length: int | None, dropout: Array | None = None
+        self, inputs: Inputs, visual: Array | None, *, keep: bool, dropout: Array | None = None
     ) -> tuple[Array, Cache]:
         shards, rows, length = inputs.tokens.shape
         x = self.embed(jnp.asarray(inputs.tokens))
@@ -152,7 +152,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             x.reshape(shards * rows, length, -1),
             jnp.asarray(inputs.segments).reshape(shards * rows, length),
             jnp.asarray(inputs.positions).reshape(shards * rows, length, 3),
-            cache_length=cache_length,
+            keep=keep,
             dropout=dropout,
         )
 
@@ -162,7 +162,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         `visual` takes the place of `self.visual(inputs)`. Inputs without patches (V = 0) skip the vision encoder.
         `dropout` is the key of the adapters' dropout; None, as everywhere but in training, is off.
         """
-        hidden, _ = self._read(inputs, visual, None, dropout)
+        hidden, _ = self._read(inputs, visual, keep=False, dropout=dropout)
         return hidden.reshape(*inputs.tokens.shape, -1)
 
     # ---- head ----------------------------------------------------------------------------------------------------
@@ -182,20 +182,15 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    def prefill(self, inputs: Inputs, cache_length: int, *, visual: Array | None = None) -> tuple[Array, Cache]:
-        """Reads prompts, one a row, left-aligned (segments 1, then 0), and keeps their keys and values.
+    def prefill(self, inputs: Inputs, *, visual: Array | None = None) -> tuple[Array, Cache]:
+        """As a call, and keeps keys and values: states [S, R, L, D] float32, and a cache of S * R rows of L slots."""
+        hidden, cache = self._read(inputs, visual, keep=True)
+        return hidden.reshape(*inputs.tokens.shape, -1), cache
 
-        Returns the states [S * R, L, D] float32 and a cache of `cache_length` slots a row. Raises ValueError when
-        the cache is shorter than a row.
+    def decode(self, cache: Cache, tokens: Array, positions: Array, at: Array, seen: Array) -> tuple[Array, Cache]:
+        """Reads the next n tokens of every row: tokens [rows, n], positions [rows, n, 3].
+
+        All rows write their keys and values to the slots from `at` [] int32, and a token sees the slots of its row that
+        `seen` [rows, n, slots] bool tells. Returns the states [rows, n, D] float32 and the cache with the tokens in it.
         """
-        if cache_length < inputs.tokens.shape[-1]:
-            raise ValueError(f"a cache of {cache_length} cannot hold rows of {inputs.tokens.shape[-1]} tokens")
-        return self._read(inputs, visual, cache_length)
-
-    def decode(self, cache: Cache, tokens: Array, positions: Array, lengths: Array) -> tuple[Array, Cache]:
-        """Reads the next n tokens of every row: tokens [rows, n], positions [rows, n, 3], lengths [rows] int32.
-
-        `lengths` are the slots filled before them. Returns their states [rows, n, D] float32 and the cache with the
-        tokens in the slots from lengths[row].
-        """
-        return self.language.decode(self.embed(tokens), positions, cache, lengths)
+        return self.language.decode(self.embed(tokens), positions, cache, at, seen)

@@ -1,11 +1,12 @@
 """Queries to embeddings: prefill, first-token routing, continuous batching of the rows that reason (paper Sec. 3.1).
 
-A batch of prompts is read at once, which also predicts their first tokens; rows whose first token is <|emb|> are done
-(Eq. 2). The others move into slots, each with room for a prompt and its trace, and are decoded together. A loop on the
-device runs until enough slots have ended to be worth a refill; only then does the host look, hand out what is done,
-and refill the slots from the rows that wait, reading more prompts when too few do. At the end, when nobody waits, the
-slots are moved into ever smaller batches. So a step is hardly ever spent on a row that has ended, and no shape depends
-on the data.
+A batch of prompts, packed many to a row, is read at once, which also predicts their first tokens; prompts whose first
+token is <|emb|> are done (Eq. 2). The others move into slots, each with room for a prompt and its trace, and are
+decoded together. In a step all slots write their keys and values to the same place of their caches, whatever their
+lengths, so that nothing is scattered and nothing copied. A loop on the device runs until enough slots have ended to be
+worth a refill; only then does the host look, hand out what is done, and refill the slots from the rows that wait,
+reading more prompts when too few do. At the end, when nobody waits, the slots are moved into ever smaller batches. So a
+step is hardly ever spent on a row that has ended, and no shape depends on the data.
 
 The embedding is the state that predicts <|emb|> ("pre-token", Table 4), so that emitting the token costs no step.
 
@@ -18,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,16 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
-from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.language import Cache
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.retrieval.packing import Rows
+from trace_jax.training.losses import take_states
 
 Array = jax.Array
 Mode = Literal["adaptive", "direct", "always"]
 MODES: tuple[Mode, ...] = ("adaptive", "direct", "always")
+Reasoning = Literal["adaptive", "always"]  # the modes that may write a trace
 NO_TOKEN = -1
 REFILL = 8  # the slots are refilled when one in so many is free
 FEWEST = 8  # slots; fewer are not moved into a smaller batch
@@ -59,8 +62,8 @@ class Decoding:
             raise ValueError(f"{self.samples} samples at temperature 0 are the same trace; raise the temperature")
 
     def cache_length(self, longest: int) -> int:
-        """Slots of a cache for prompts of `longest` tokens: with the trace, and the drafts after its last token."""
-        return longest + self.max_new_tokens + self.drafts + 1
+        """Slots of a cache for prompts of `longest` tokens, and what is read in as many steps as a trace may take."""
+        return longest + self.max_new_tokens * (self.drafts + 1)
 
 
 class Generation(NamedTuple):
@@ -126,25 +129,30 @@ class Program:
 
 
 class Prefilled(NamedTuple):
-    """After the prompts: N rows of L tokens."""
+    """After the prompts: N of at most P tokens, which were read packed into rows of L."""
 
     state: Array  # [N, D] float32 at the prompt's last token
     first: Array  # [N, samples] int32: the first token
     draw: Array  # [N, samples] uint32: which random numbers each gets
-    tokens: Array  # [N, L] int32: the prompt
+    tokens: Array  # [N, P] int32: the prompt, then zeros
     lengths: Array  # [N] int32
-    shift: Array  # [N] int32: M-RoPE position of the next token, less its slot
-    cache: Cache  # of L slots
+    shift: Array  # [N] int32: M-RoPE position of the next token, less its number
+    row: Array  # [N] int32: where it was read
+    places: Array  # [N, P] int32: the slots of its tokens in that row; any after its end
+    cache: Cache  # of the rows
 
 
 class Slots(NamedTuple):
-    """Rows that are being decoded, n of them with room for C tokens; the free ones are `done`.
+    """Rows that are being decoded, n of them with room for P tokens of prompt and T of trace; the free are `done`.
 
-    The token of a row that is to be read next is tokens[length].
+    The token of a row that is to be read next is tokens[length]. The cache has P slots for the prompt, and after them a
+    ring: a step writes to the next slots of it in all rows, and comes round when nobody needs what was there.
     """
 
-    cache: Cache
-    tokens: Array  # [n, C] int32: the prompt, then the trace; nonsense after that
+    cache: Cache  # of C slots (`Decoding.cache_length`)
+    seen: Array  # [n, C] bool: the slots of the cache that hold the row's tokens
+    next: Array  # [] int32: the slot that comes next
+    tokens: Array  # [n, P + T + drafts + 1] int32: the prompt, then the trace; nonsense after that
     prompt: Array  # [n] int32: tokens of the prompt
     length: Array  # [n] int32: tokens read
     shift: Array  # [n] int32, as in Prefilled
@@ -212,33 +220,28 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 def generate(
     model: Qwen2_5_VL,
-    batches: Iterable[Inputs],
+    batches: Iterable[Rows],
     decoding: Decoding,
     *,
     longest: int,
     slots: int,
-    mode: Mode = "adaptive",
+    mode: Reasoning = "adaptive",
     cache_dtype: Any = None,
 ) -> Generation:
-    """Embeds batches of prompts, one a row and left-aligned (segments 1, then 0), of at most `longest` slots a row.
+    """Embeds batches of prompts, of at most `longest` tokens each; a row of the result for each place of a batch.
 
-    `mode`: "adaptive" lets the first token decide; "direct" takes the state at the prompt's end for all; "always"
-    forbids to stop at the first token. A stop ends a trace: the state that predicts it is the embedding. A trace that
-    has not ended after `max_new_tokens` tokens is capped: its last state is the embedding. A row's result does not
-    depend on the other rows, nor on `slots`, the most rows that are decoded at once (a multiple of the mesh's data
-    shards). `cache_dtype` is that of the slots' keys and values, default: the model's. Raises ValueError for an unknown
-    mode, rows with several sequences, or rows over `longest`.
+    `mode`: "adaptive" lets the first token decide; "always" forbids to stop at it. A stop ends a trace: the state that
+    predicts it is the embedding. A trace that has not ended after `max_new_tokens` tokens is capped: its last state is
+    the embedding. A prompt's result does not depend on the others, nor on `slots`, the most that are decoded at once (a
+    multiple of the mesh's data shards). `cache_dtype` is that of the slots' keys and values, default: the model's.
+    Raises ValueError for another mode, or prompts over `longest`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is none of 'adaptive', 'direct', 'always'")
+    if mode not in get_args(Reasoning):
+        raise ValueError(f"mode {mode!r} is neither 'adaptive' nor 'always'")
     written, work = _Written(decoding), Work()
     prompts = _read_ahead(model, batches, decoding, mode, longest)
-    if mode == "direct":
-        for lengths, states in prompts:
-            written.add(lengths, np.asarray(states))
-        return written.result(work)
     sizes = _sizes(slots)
-    running = _empty(model.architecture.language, slots, decoding.cache_length(longest), cache_dtype or model.dtype)
+    running = _empty(model.architecture.language, slots, longest, decoding, cache_dtype or model.dtype)
     rows: list[_Request | None] = [None] * slots
     waiting: collections.deque[tuple[Prefilled, _Request]] = collections.deque()
     more = True
@@ -277,22 +280,20 @@ def _sizes(slots: int) -> list[int]:
 
 
 def _read_ahead(
-    model: Qwen2_5_VL, batches: Iterable[Inputs], decoding: Decoding, mode: Mode, longest: int
-) -> Iterator[tuple[np.ndarray, Any]]:
-    """The prompts' lengths [N], and what reading them gave (direct: the states), a batch behind: the device reads the
-    next one while the host looks at this one.
+    model: Qwen2_5_VL, batches: Iterable[Rows], decoding: Decoding, mode: Reasoning, longest: int
+) -> Iterator[tuple[np.ndarray, Prefilled]]:
+    """The prompts' lengths [N], and what reading them gave, a batch behind: the device reads the next one while the
+    host looks at this one.
     """
     before = None
-    for inputs in batches:
-        segments = np.asarray(inputs.segments).reshape(-1, inputs.segments.shape[-1])
-        if segments.max(initial=0) > 1 or (np.diff(segments, axis=1) > 0).any():
-            raise ValueError("generation needs one left-aligned sequence a row; pack with one sequence a row")
-        if segments.shape[1] > longest:
-            raise ValueError(f"a row of {segments.shape[1]} slots is over the longest of {longest}")
-        result = _read(model, inputs) if mode == "direct" else _prefill(model, inputs, decoding=decoding, mode=mode)
+    for rows in batches:
+        lengths = np.asarray(rows.lengths).reshape(-1)
+        if lengths.max(initial=0) > longest:
+            raise ValueError(f"a prompt of {lengths.max()} tokens is over the longest of {longest}")
+        result = _prefill(model, rows, decoding=decoding, mode=mode, longest=longest)
         if before is not None:
             yield before
-        before = (segments > 0).sum(axis=1), result
+        before = lengths, result
     if before is not None:
         yield before
 
@@ -307,8 +308,8 @@ def _sort_out(lengths: np.ndarray, prefilled: Prefilled, written: _Written) -> l
 def _refill(
     running: Slots, rows: list[_Request | None], waiting: collections.deque[tuple[Prefilled, _Request]]
 ) -> Slots:
-    """Puts the next of those who wait into free slots: of one batch, and as many as a refill is."""
-    batch, moved = waiting[0][0], max(1, len(rows) // REFILL)
+    """Puts the next of those who wait into free slots: of one batch, and as many as a refill is, or all at first."""
+    batch, moved = waiting[0][0], len(rows) if not any(rows) else max(1, len(rows) // REFILL)
     chosen = np.full((3, moved), len(rows), np.int32)  # nobody goes to a slot that is not there
     for move in range(moved):
         if not waiting or waiting[0][0] is not batch or None not in rows:
@@ -341,22 +342,12 @@ def place_rows(tree: Any) -> Any:
         return tree
 
     def place(leaf: Array) -> Array:
+        if not leaf.ndim:
+            return jax.lax.with_sharding_constraint(leaf, P())
         heads = ["tensor"] if leaf.ndim == 4 and leaf.shape[1] % mesh.shape["tensor"] == 0 else []
         return jax.lax.with_sharding_constraint(leaf, P(sharding.BATCH_AXES, *heads))
 
     return jax.tree.map(place, tree)
-
-
-def _last(hidden: Array, lengths: Array) -> Array:
-    """[N, L, D], [N] -> the state of each row's last token [N, D]."""
-    return jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-
-
-def _flat(inputs: Inputs) -> tuple[Array, Array]:
-    """Tokens [N, L], 0 in the padding, and lengths [N] int32."""
-    there = jnp.asarray(inputs.segments).reshape(-1, inputs.segments.shape[-1]) > 0
-    tokens = jnp.where(there, jnp.asarray(inputs.tokens).reshape(there.shape), 0)
-    return tokens, there.sum(axis=1, dtype=jnp.int32)
 
 
 def _choose(logits: Array, draw: Array, at: Array, decoding: Decoding) -> Array:
@@ -365,51 +356,63 @@ def _choose(logits: Array, draw: Array, at: Array, decoding: Decoding) -> Array:
     The random numbers are a function of the seed, `draw` [...] uint32, and the slot alone.
     """
     if not decoding.temperature:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _best(logits)
 
     def noise(draw: Array, at: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(decoding.seed), draw), at)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
     drawn = jax.vmap(noise)(draw.reshape(-1), at.reshape(-1)).reshape(logits.shape)
-    return jnp.argmax(logits / decoding.temperature + drawn, axis=-1).astype(jnp.int32)
+    return _best(logits / decoding.temperature + drawn)
 
 
-@Program
-def _read(model: Qwen2_5_VL, inputs: Inputs) -> Array:
-    """The state at the end of every prompt: [N, D] float32."""
-    hidden = model(inputs)
-    return _last(hidden.reshape(-1, *hidden.shape[2:]), _flat(inputs)[1])
+def _best(logits: Array) -> Array:
+    """The first of the largest: [..., V] -> [...] int32. XLA:CPU takes four times as long for `jnp.argmax`."""
+    tokens, none = jnp.arange(logits.shape[-1], dtype=jnp.int32), jnp.int32(logits.shape[-1] - 1)
+    largest = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.where(largest, tokens.reshape((1,) * (logits.ndim - 1) + (-1,)), none).min(axis=-1)
 
 
-@functools.partial(Program, static_argnames=("decoding", "mode"))
-def _prefill(model: Qwen2_5_VL, inputs: Inputs, *, decoding: Decoding, mode: Mode) -> Prefilled:
+@functools.partial(Program, static_argnames=("decoding", "mode", "longest"))
+def _prefill(model: Qwen2_5_VL, rows: Rows, *, decoding: Decoding, mode: Reasoning, longest: int) -> Prefilled:
     """Reads the prompts and predicts their first tokens; in mode "always" these are no stops."""
-    hidden, cache = model.prefill(inputs, inputs.tokens.shape[-1])
-    tokens, lengths = _flat(inputs)
-    state = _last(hidden, lengths)
+    hidden, cache = model.prefill(rows.inputs)
+    shards, count, length = rows.inputs.tokens.shape
+    last = jnp.maximum(jnp.asarray(rows.last), 0)
+    state = take_states(hidden, last).reshape(-1, hidden.shape[-1])
+    row = (last // length + count * jnp.arange(shards, dtype=jnp.int32)[:, None]).reshape(-1)
+    last, lengths, shared = (jnp.asarray(each).reshape(-1) for each in (last, rows.lengths, rows.shared))
+    number = jnp.arange(longest, dtype=jnp.int32)[None]
+    own = number + (last % length + 1 - lengths)[:, None]
+    places = jnp.clip(jnp.where(number < shared[:, None], number, own), 0, length - 1)
+    read = jnp.asarray(rows.inputs.tokens).reshape(-1, length)[row[:, None], places]
+    tokens = jnp.where(number < lengths[:, None], read, 0)
     logits = model.logits(state)
     if mode == "always":
         logits = logits.at[:, jnp.asarray(decoding.stops)].set(-jnp.inf)
-    position = jnp.asarray(inputs.positions).reshape(len(lengths), -1).max(axis=1) + 1
+    # A prompt ends in text, whose position is the largest.
+    position = jnp.asarray(rows.inputs.positions).reshape(-1, length, 3)[row, last % length].max(axis=1) + 1
     # Each prompt draws numbers of its own, whatever its company.
-    odd = 2 * jnp.arange(tokens.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
+    odd = 2 * jnp.arange(longest, dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
     prompt = (tokens.astype(jnp.uint32) * odd[None]).sum(axis=1, dtype=jnp.uint32)
     draw = prompt[:, None] + jnp.arange(decoding.samples, dtype=jnp.uint32)[None]
     again = (len(lengths), decoding.samples)
     logits = jnp.broadcast_to(logits[:, None], (*again, logits.shape[-1]))
     first = _choose(logits, draw, jnp.broadcast_to(lengths[:, None], again), decoding)
-    return place_rows(Prefilled(state, first, draw, tokens, lengths, position - lengths, cache))
+    return place_rows(Prefilled(state, first, draw, tokens, lengths, position - lengths, row, places, cache))
 
 
-def _empty_slots(architecture: LanguageArchitecture, slots: int, length: int, dtype: Any) -> Slots:
-    """Free slots of so many tokens."""
+def _empty_slots(architecture: LanguageArchitecture, slots: int, longest: int, decoding: Decoding, dtype: Any) -> Slots:
+    """Free slots for prompts of so many tokens."""
+    length = decoding.cache_length(longest)
     cache = jnp.zeros((slots, architecture.num_kv_heads, length, architecture.head_dim), dtype)
     number = jnp.zeros(slots, jnp.int32)
     return place_rows(
         Slots(
             cache=tuple((cache, cache) for _ in range(architecture.num_layers)),
-            tokens=jnp.zeros((slots, length), jnp.int32),
+            seen=jnp.zeros((slots, length), bool),
+            next=jnp.int32(longest),
+            tokens=jnp.zeros((slots, longest + decoding.max_new_tokens + decoding.drafts + 1), jnp.int32),
             prompt=number,
             length=number,
             shift=number,
@@ -421,40 +424,46 @@ def _empty_slots(architecture: LanguageArchitecture, slots: int, length: int, dt
     )
 
 
-_empty = Program(_empty_slots, static_argnums=(0, 1, 2, 3))
+_empty = Program(_empty_slots, static_argnums=(0, 1, 2, 3, 4))
 
 
 @functools.partial(Program, donate_argnums=0)
-def _admit(slots: Slots, prefilled: Prefilled, to: Array, rows: Array, samples: Array) -> Slots:
-    """Moves rows [m] of a prefilled batch, each in the state of its sample [m], to slots `to` [m].
+def _admit(slots: Slots, prefilled: Prefilled, to: Array, chosen: Array, samples: Array) -> Slots:
+    """Moves prompts [m] of a batch, each in the state of its sample [m], to slots `to` [m].
 
     A move to a slot that is not there does nothing.
     """
 
     def put(old: Array, values: Array) -> Array:
-        """[n, ...] with values [m, ...]; of a longer axis the beginning."""
-        return old.at[to, *map(slice, values.shape[1:])].set(values.astype(old.dtype), mode="drop")
+        """[n, ...] with values [m, ...]."""
+        return old.at[to].set(values.astype(old.dtype), mode="drop")
 
     def take(values: Array) -> Array:
-        return values.at[rows].get(mode="clip")
+        return values.at[chosen].get(mode="clip")
 
     def of_sample(values: Array) -> Array:
         return jnp.take_along_axis(take(values), samples[:, None], axis=1, mode="clip")[:, 0]
 
+    def put_cache(old: Array, packed: Array) -> Array:
+        found = jnp.take_along_axis(packed[take(prefilled.row)], take(prefilled.places)[:, None, :, None], axis=2)
+        return old.at[to, :, : found.shape[2]].set(found.astype(old.dtype), mode="drop")
+
     lengths = take(prefilled.lengths)
     room = ((0, 0), (0, slots.tokens.shape[1] - prefilled.tokens.shape[1]))
-    tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(rows)), lengths].set(of_sample(prefilled.first))
+    tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(chosen)), lengths].set(of_sample(prefilled.first))
     return place_rows(
         Slots(
-            cache=jax.tree.map(lambda old, new: put(old, take(new)), slots.cache, prefilled.cache),
+            cache=jax.tree.map(put_cache, slots.cache, prefilled.cache),
+            seen=put(slots.seen, jnp.arange(slots.seen.shape[1], dtype=jnp.int32)[None] < lengths[:, None]),
+            next=slots.next,
             tokens=put(slots.tokens, tokens),
             prompt=put(slots.prompt, lengths),
             length=put(slots.length, lengths),
             shift=put(slots.shift, take(prefilled.shift)),
             draw=put(slots.draw, of_sample(prefilled.draw)),
             state=put(slots.state, take(prefilled.state)),
-            done=put(slots.done, jnp.zeros(len(rows), bool)),
-            capped=put(slots.capped, jnp.zeros(len(rows), bool)),
+            done=put(slots.done, jnp.zeros(len(chosen), bool)),
+            capped=put(slots.capped, jnp.zeros(len(chosen), bool)),
         )
     )
 
@@ -462,7 +471,7 @@ def _admit(slots: Slots, prefilled: Prefilled, to: Array, rows: Array, samples: 
 @Program
 def _resize(slots: Slots, keep: Array) -> Slots:
     """The slots of these numbers alone."""
-    return place_rows(jax.tree.map(lambda leaf: leaf[keep], slots))
+    return place_rows(jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, slots))
 
 
 @functools.partial(Program, static_argnames="decoding", donate_argnums=1)
@@ -471,19 +480,21 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
 
     Also returns [3] int32: steps, and summed over them, the rows that had not ended and the tokens that these read.
     """
-    drafts = jnp.arange(1, decoding.drafts + 1, dtype=jnp.int32)
-    ahead = jnp.arange(decoding.drafts + 1, dtype=jnp.int32)
-    write = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))
+    width, length = decoding.drafts + 1, slots.seen.shape[1]
+    ahead, places = jnp.arange(width, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
+    ring = length - width * decoding.max_new_tokens  # where it begins
 
     def step(loop: tuple[Slots, Array]) -> tuple[Slots, Array]:
         slots, counts = loop
         at = slots.length[:, None] + ahead[None]
         read = jnp.take_along_axis(slots.tokens, slots.length[:, None], axis=1)
         if decoding.drafts:
-            follows = _last_seen(slots.tokens, slots.length)[:, None] + drafts[None]
+            follows = _last_seen(slots.tokens, slots.length)[:, None] + ahead[None, 1:]
             read = jnp.concatenate([read, jnp.take_along_axis(slots.tokens, follows, axis=1)], axis=1)
         positions = jnp.repeat((at + slots.shift[:, None])[..., None], 3, axis=2)
-        states, cache = model.decode(slots.cache, read, positions, slots.length)
+        new = places[None] - slots.next  # of the tokens that are read, in the slots of the cache
+        within = (new >= 0) & (new <= ahead[:, None])
+        states, cache = model.decode(slots.cache, read, positions, slots.next, slots.seen[:, None] | within[None])
         draw = jnp.broadcast_to(slots.draw[:, None], at.shape)
         chosen = _choose(model.logits(states), draw, at + 1, decoding)
         stops = jnp.isin(chosen, jnp.asarray(decoding.stops))
@@ -501,7 +512,9 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
         counts = counts + jnp.stack([jnp.int32(1), active.sum(dtype=jnp.int32), number.sum(dtype=jnp.int32)])
         slots = slots._replace(
             cache=cache,
-            tokens=jnp.where(active[:, None], write(slots.tokens, chosen, slots.length + 1), slots.tokens),
+            seen=slots.seen | (active[:, None] & (new >= 0) & (new <= last)),
+            next=jnp.where(slots.next + width < length, slots.next + width, ring),
+            tokens=_write(slots.tokens, chosen, slots.length + 1, active),
             length=slots.length + number,
             state=jnp.where(active[:, None], state, slots.state),
             done=slots.done | ended,
@@ -511,6 +524,13 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
 
     start = place_rows(slots), jnp.zeros(3, jnp.int32)
     return jax.lax.while_loop(lambda loop: (~loop[0].done).sum(dtype=jnp.int32) > least, step, start)
+
+
+def _write(tokens: Array, new: Array, at: Array, where: Array) -> Array:
+    """Tokens [n, C] with new [n, k] from at [n] on, in the rows `where` [n]. A scatter would be a loop over rows."""
+    place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - at[:, None]
+    values = jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[1] - 1), axis=1)
+    return jnp.where(where[:, None] & (place >= 0) & (place < new.shape[1]), values, tokens)
 
 
 def _last_seen(tokens: Array, length: Array) -> Array:
@@ -533,7 +553,7 @@ def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> 
     return 2 * architecture.num_layers * each
 
 
-PROGRAMS = (_read, _prefill, _empty, _admit, _resize, _decode)
+PROGRAMS = (_prefill, _empty, _admit, _resize, _decode)
 
 
 def compilations() -> tuple[int, float]:

@@ -34,20 +34,27 @@ EXACT_BELOW = 20_000
 FLAT_BELOW = 100_000
 MARGIN = 16  # neighbours fetched beyond k, to break ties at the edge by did
 LARGEST = 4_000_000  # candidates of one ScaNN searcher
+ADDED = 256  # candidates that ScaNN adds at once
 EXPORTED = 10_000  # candidates of a file for Vertex AI
 
 
 class SearchIndex:
     """The ScaNN index of one pool: n candidates, D features. Made by `build` or `load`.
 
-    A large pool is several searchers, each of a run of rows, whose results are merged at query time.
+    A large pool is several searchers, whose results are merged at query time.
     """
 
-    def __init__(self, searchers: list[Any], ids: np.ndarray, about: dict[str, Any]) -> None:
-        self._searchers = searchers
-        self.ids = ids  # [n] int64: dids as integers, ascending
+    def __init__(self, searchers: list[Any], members: list[np.ndarray], about: dict[str, Any]) -> None:
+        """`members` are the dids of each searcher, int64, in its own order."""
+        self._searchers, self._members = searchers, members
         self.about = about
-        self._bounds = _bounds(len(ids), len(searchers))
+        self._number()
+
+    def _number(self) -> None:
+        """Gives candidates their rows; says what is there."""
+        self.ids = np.sort(np.concatenate(self._members))  # [n] int64: dids as integers, ascending
+        self._rows = [np.searchsorted(self.ids, members) for members in self._members]
+        self.about = self.about | {"candidates": len(self.ids), "dids": _digest(self.ids)}
 
     @classmethod
     def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "", largest: int = LARGEST) -> "SearchIndex":
@@ -63,12 +70,43 @@ class SearchIndex:
         about = {
             "key": key,
             "kind": kind_for(bounds[1]),
-            "candidates": len(ids),
             "searchers": len(searchers),
             "seconds": round(time.perf_counter() - started, 2),
-            "dids": _digest(ids),
         }
-        return cls(searchers, ids, about)
+        return cls(searchers, [ids[first:last] for first, last in itertools.pairwise(bounds)], about)
+
+    def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
+        """Adds vectors [m, D] float32 of new dids [m] int64.
+
+        What was trained (centres, codebooks) stays as it is: build anew when much has been added. Raises ValueError for
+        a did that is there, or twice.
+        """
+        if len(np.unique(ids)) < len(ids) or np.isin(ids, self.ids).any():
+            twice = next(did for number, did in enumerate(ids) if did in self.ids or did in ids[:number])
+            raise ValueError(f"candidate {did_of(int(twice))} is in the index already; delete it first")
+        smallest = min(range(len(self._searchers)), key=lambda part: len(self._members[part]))
+        inner = self._searchers[smallest].searcher
+        inner.upsert([None] * len(ids), np.ascontiguousarray(vectors, np.float32), ADDED)
+        self._members[smallest] = np.concatenate([self._members[smallest], ids])
+        self._number()
+
+    def delete(self, ids: np.ndarray) -> None:
+        """Takes the candidates of dids [m] int64 out; rows of others move up. Raises ValueError for one that is not
+        there, or when none would be left.
+        """
+        gone = np.unique(ids)
+        if len(missing := gone[~np.isin(gone, self.ids)]):
+            raise ValueError(f"candidate {did_of(int(missing[0]))} is not in the index")
+        if len(gone) == len(self.ids) or any(np.isin(members, gone).all() for members in self._members):
+            raise ValueError("a searcher without candidates cannot be searched; build the index anew")
+        for part, searcher in enumerate(self._searchers):
+            members = self._members[part].copy()
+            for place in np.flatnonzero(np.isin(members, gone))[::-1].tolist():
+                searcher.searcher.delete([place])  # the last candidate takes the place
+                members[place] = members[-1]
+                members = members[:-1]
+            self._members[part] = members
+        self._number()
 
     def save(self, folder: epath.Path) -> None:
         """Writes the index to an empty place; its mark comes last, so that a torn one is never loaded."""
@@ -82,7 +120,7 @@ class SearchIndex:
                 searcher.serialize(temporary, relative_path=True)
                 for path in sorted(pathlib.Path(temporary).iterdir()):
                     (part / path.name).write_bytes(path.read_bytes())
-        artifacts.write_arrays(folder / "ids.npz", ids=self.ids)
+        artifacts.write_arrays(folder / "ids.npz", ids=np.concatenate(self._members))
         artifacts.write_json(folder / artifacts.MARK, self.about)
 
     @classmethod
@@ -98,7 +136,8 @@ class SearchIndex:
                 f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
             )
         searchers = [_load(folder / f"{number:05d}") for number in range(about["searchers"])]
-        return cls(searchers, artifacts.read_arrays(folder / "ids.npz")["ids"], about)
+        ends = np.cumsum([searcher.size() for searcher in searchers])
+        return cls(searchers, np.split(artifacts.read_arrays(folder / "ids.npz")["ids"], ends[:-1]), about)
 
     def search(self, queries: np.ndarray, k: int, *, leaves: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The min(k, n) best rows for queries [q, D] float32: rows [q, k] int64 and scores [q, k] float32.
@@ -108,8 +147,8 @@ class SearchIndex:
         """
         k = min(k, len(self.ids))
         parts = [
-            _search(searcher, queries, k, last - first, first, leaves)
-            for searcher, (first, last) in zip(self._searchers, itertools.pairwise(self._bounds), strict=True)
+            _search(searcher, queries, k, rows, leaves)
+            for searcher, rows in zip(self._searchers, self._rows, strict=True)
         ]
         rows, scores = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         order = np.lexsort((rows, -scores), axis=-1)[:, :k]
@@ -147,21 +186,23 @@ def _load(folder: epath.Path) -> Any:
         return scann_ops_pybind.load_searcher(temporary)
 
 
-def _search(  # noqa: PLR0917
-    searcher: Any, queries: np.ndarray, k: int, count: int, first: int, leaves: int | None
+def _search(
+    searcher: Any, queries: np.ndarray, k: int, rows_of: np.ndarray, leaves: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best of a searcher's `count` rows, which begin at row `first`, and all that equal the last of them.
+    """The k best of a searcher, and all that equal the last of them; `rows_of` [count] are its candidates' rows.
 
     Which of equal candidates ScaNN gives is its own affair; so more are asked for until the k-th is beaten or met by
     none that was left out.
     """
+    count = len(rows_of)
     wanted = min(k + MARGIN, count)
     while True:
         rows, scores = searcher.search_batched_parallel(
             np.ascontiguousarray(queries, np.float32), final_num_neighbors=wanted, leaves_to_search=leaves
         )
         found = np.isfinite(scores)
-        rows, scores = np.where(found, rows.astype(np.int64) + first, -1), np.where(found, scores, -np.inf)
+        rows = np.where(found, rows_of[np.where(found, rows, 0)], -1)
+        scores = np.where(found, scores, -np.inf)
         tied = np.isfinite(scores[:, -1]) & (scores[:, -1] == scores[:, min(k, wanted) - 1])
         if wanted == count or not tied.any():
             return rows, scores

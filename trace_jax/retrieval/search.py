@@ -3,14 +3,17 @@
 import dataclasses
 import difflib
 import io
+import json
 import pathlib
 import textwrap
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from trace_jax.config import Config
+from trace_jax.data.builders import mbeir
 from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document, Query
 from trace_jax.retrieval import artifacts
@@ -99,6 +102,29 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
         for did, score in zip(index.ids[rows[0]].tolist(), scores[0], strict=True)
     ]
     return Answer(query, chosen, results.traces[0], hits)
+
+
+def to_json(config: Config, answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON values; `image` is the path of a result's picture in the release, null for a text."""
+    benchmark = Benchmark(config)
+    pools = {mbeir.local_pool(benchmark.folder / "release", each.stem) for each in benchmark.query_sets}
+    wanted, paths = {hit.did for hit in answer.hits if hit.document.image}, {}
+    for pool in sorted(pools):
+        with pool.open() as lines:
+            while wanted - paths.keys() and (line := next(lines, None)):
+                record = json.loads(line)
+                if record["did"] in wanted:
+                    paths[record["did"]] = str(benchmark.folder / "release" / record["img_path"])
+    return {
+        "text": answer.query.text,
+        "instruction": answer.query.instruction,
+        "pool": answer.pool,
+        "trace": answer.trace,
+        "results": [
+            {"did": hit.did, "score": hit.score, "text": hit.document.text, "image": paths.get(hit.did)}
+            for hit in answer.hits
+        ],
+    }
 
 
 def _instruction(benchmark: Benchmark, task_id: int, query: Query) -> str:
