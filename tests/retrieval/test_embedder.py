@@ -18,6 +18,7 @@ from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.training.checkpoint import CheckpointError, read_config
+from trace_jax.training.losses import take_states
 from trace_jax.training.train import load_model
 
 
@@ -86,8 +87,8 @@ def test_the_embedding_may_be_the_state_of_emb_itself(retriever, queries, docume
     other = changed(retriever, position="token")
     assert other.key != retriever.key
     sequence = append(other.processor.document(documents[0]), [other.processor.emb])
-    inputs = other._one_a_row([sequence], 1)
-    state = np.asarray(retriever.model(inputs))[0, 0, len(sequence) - 1]
+    ((members, rows),) = other._packer.deal([sequence], other._packer.rooms([sequence]))
+    state = np.asarray(take_states(retriever.model(rows.inputs), rows.last))[0, list(members).index(0)]
     found = other.encode_document(documents[:3]).embeddings
     np.testing.assert_allclose(found[0], state / np.linalg.norm(state), atol=2e-5)
     direct = other.encode_query(queries, "direct")
