@@ -89,6 +89,6 @@ def test_one_short_sequence_gets_one_short_row():
 
 
 def test_sizes_are_few():
-    assert [few(count) for count in (0, 1, 3, 4, 5, 60, 65, 70)] == [1, 1, 4, 4, 8, 60, 72, 72]
+    assert [few(count) for count in (0, 1, 3, 4, 5, 60, 65, 70)] == [1, 1, 3, 4, 6, 64, 96, 96]
     assert [rounded(size, 16) for size in (1, 16, 17, 300)] == [16, 16, 32, 304 + 16]
     assert [power_of_two(count) for count in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]

@@ -15,7 +15,7 @@ from trace_jax.data.schema import Array, Inputs
 SLACK = 1.04  # room of a packed batch above what a sample needs
 LEAST_LENGTH = 16  # tokens of a row that holds all there is; longer ones are multiples
 LEAST_PATCHES = 64  # patches, likewise
-LEAST_ROWS = 4  # above these, rows are multiples, and below them powers of two
+LEAST_ROWS = 4  # rows of a long job, likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,10 @@ class Packer:
             needed = max(first_fit([len(sequence) - shared for sequence in some], most - shared)) + 1
             needed_patches = max(first_fit(images, most_patches), default=-1) + 1
             slack = 1 if whole else SLACK
-            rows, patch_rows = few(math.ceil(needed * slack)), few(math.ceil(needed_patches * slack))
+            rows, patch_rows = (
+                rounded(math.ceil(number * slack), LEAST_ROWS) if sample else few(math.ceil(number * slack))
+                for number in (needed, needed_patches)
+            )
             patch_rows = min(patch_rows, len(images))  # a row holds at least one image
             rooms[visual] = Room(count, rows, most, patch_rows, most_patches)
         return rooms
@@ -135,8 +138,9 @@ class Packer:
 
 
 def few(count: int) -> int:
-    """The next of a few numbers of rows."""
-    return rounded(count, LEAST_ROWS) if count > LEAST_ROWS else power_of_two(count)
+    """The next power of two, or the middle between two: of short jobs, for which compiling is dearer than rows."""
+    largest = power_of_two(count)
+    return 3 * largest // 4 if largest >= 4 and count <= 3 * largest // 4 else largest
 
 
 def rounded(size: int, least: int) -> int:
