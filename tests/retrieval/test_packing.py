@@ -85,7 +85,7 @@ def test_what_finds_no_room_comes_next():
 
 def test_one_short_sequence_gets_one_short_row():
     assert tiny.packer(16).rooms(TEXTS[:1]) == {False: Room(1, 1, 16, 0, 0)}
-    assert tiny.packer(16).rooms(TEXTS[:1], sample=True) == {False: Room(1, 2, 64, 0, 192)}
+    assert tiny.packer(16).rooms(TEXTS[:1], sample=True) == {False: Room(1, 4, 64, 0, 192)}
 
 
 def test_sizes_are_few():
