@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from trace_jax.config import DEFAULT, Config, config_names, from_command_line, load_config, to_json
+from trace_jax.config import DEFAULT, Config, Data, config_names, from_command_line, load_config, to_json
 
 
 def test_every_config_loads_under_its_name():
@@ -16,6 +16,14 @@ def test_overrides_reach_nested_fields():
     assert config.optimizer.learning_rate == 1e-4
     assert config.model.lora.rank == 8
     assert from_command_line(["--training.steps", "7"]).training.steps == 7
+
+
+def test_a_weight_may_be_a_fraction_whatever_the_config_writes():
+    weights = Config(name="x", data=Data(weights={"t2i": 2})).data.weights
+    assert isinstance(weights["t2i"], float)
+    weights = load_config("emoji_tiny").data.weights
+    changed = load_config("emoji_tiny", ["--data.weights.it2i", "2.25"]).data.weights
+    assert changed == {**weights, "it2i": 2.25}
 
 
 def test_unknown_config_says_what_was_meant():

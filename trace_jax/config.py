@@ -73,6 +73,10 @@ class Data:
     min_pixels: int = 4 * 28 * 28
     max_pixels: int = 300 * 28 * 28
 
+    def __post_init__(self) -> None:
+        # An override is read as the default's type: a weight that a config writes as 2 may become 2.5.
+        object.__setattr__(self, "weights", {name: float(share) for name, share in self.weights.items()})
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
@@ -144,7 +148,7 @@ class Evaluation:
     temperature: float = 0.0  # 0 writes the likeliest token; above it, tokens are drawn
     samples: int = 1  # traces drawn for each query, whose embeddings are averaged
     cache_gib: float = 4.0  # of a device's memory for the keys and values of the rows that are decoded together
-    cache_dtype: Literal["float32", "bfloat16"] | None = None  # of these; None is the model's
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None  # of these; None is the model's
     dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query

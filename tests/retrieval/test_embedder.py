@@ -10,7 +10,7 @@ from PIL import Image
 
 from trace_jax import sharding
 from trace_jax.config import Mesh, to_json
-from trace_jax.data.schema import Document, Query
+from trace_jax.data.schema import MARK, Document, Query
 from trace_jax.data.tokenizer import Processor, TextTooLongError, append
 from trace_jax.retrieval import pools
 from trace_jax.retrieval.artifacts import MissingStageError
@@ -53,6 +53,39 @@ def test_too_little_room_only_takes_more_batches(retriever, documents):
         retriever.encode_document(documents).embeddings,
         atol=2e-5,
     )
+
+
+def test_an_item_that_no_room_fits_gets_its_own(retriever, queries):
+    """A sample may hold one image an item, and an item many."""
+    one = [query for query in queries if query.images][:3]
+    several = tuple(png(np.full((14, 14, 3), grey, np.uint8)) for grey in (0, 90, 180, 255))
+    many = [Query(f"first {MARK}{MARK} then {MARK}{MARK}", several, "Find."), *one]
+    rooms = {True: dataclasses.replace(retriever.rooms_for(one)[True], patch_rows=1)}
+    for mode in ("direct", "always"):
+        tight, roomy = (retriever.encode_query(many, mode, rooms=each) for each in (rooms, None))
+        np.testing.assert_allclose(tight.embeddings, roomy.embeddings, atol=2e-5)
+        assert tight.traces == roomy.traces
+
+
+def test_rooms_of_a_sample_leave_seats_for_shorter_items(retriever, documents):
+    texts = [Document("a cat", None)] * 64
+    room = retriever.rooms_for([Document("a cat with a long tail on a green sofa", None)] * 16)[False]
+    assert room.sequences == 32
+    held = [(members >= 0).sum() for members, _ in retriever._packer.deal(_read(retriever, texts), {False: room})]
+    assert max(held) > 16
+
+
+def _read(retriever: Retriever, documents: list[Document]) -> list:
+    return [retriever.processor.document(document) for document in documents]
+
+
+def test_an_item_longer_than_a_row_is_named(retriever, queries):
+    pictures = tuple(png(np.full((56, 56, 3), grey, np.uint8)) for grey in range(16))
+    long = Query(MARK * len(pictures), pictures, "Find.")
+    with pytest.raises(ValueError, match=r"^query 1: .* tokens with its images, and a row has"):
+        retriever.encode_query([queries[0], long], "direct")
+    kept = retriever.encode_query([queries[0], long], "direct", on_error="skip")
+    assert kept.errors[0] == "" and "data.row_length" in kept.errors[1] and not kept.embeddings[1].any()
 
 
 def test_queries_do_not_depend_on_their_company(retriever, queries):
@@ -181,6 +214,9 @@ BAD = {
     "pixels float32": {"image": np.zeros((4, 4, 3), np.float32)},
     "a int cannot be embedded": 7,
     "half of a character": "a\ud800",
+    "the image cannot be read": {
+        "image": Image.open(io.BytesIO(png(np.eye(64, dtype=np.uint8)[..., None].repeat(3, 2))[:-40]))
+    },
     "limit is 64": "a red square and " * 100,
 }
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
-from trace_jax.retrieval.generation import Decoding, Generation, compilations, generate
+from trace_jax.retrieval.generation import Decoding, Generation, cache_bytes, compilations, generate
 from trace_jax.retrieval.packing import Room
 
 SEQUENCES = [
@@ -164,13 +164,30 @@ def test_nothing_is_compiled_after_the_first_time(model):
         assert compilations() == before
 
 
-def test_a_cache_of_less_precision(model):
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_a_cache_of_less_precision(model, cache_dtype):
     """Rows whose trace stays the same end near the same state."""
     full = run(model, SEQUENCES, "always", 1)
-    half = run(model, SEQUENCES, "always", 1, cache_dtype="bfloat16")
+    half = run(model, SEQUENCES, "always", 1, cache_dtype=cache_dtype)
     np.testing.assert_array_equal(half.tokens, full.tokens)
     np.testing.assert_allclose(half.embeddings, full.embeddings, atol=0.02)
     assert np.abs(half.embeddings - full.embeddings).max() > 0
+
+
+def test_a_row_of_an_int8_cache_does_not_depend_on_the_others(model):
+    """Each key and value has a scale of its own; a sum in another order may still round one to the next byte."""
+    sequences = many(10, seed=6)
+    alone = [run(model, [sequence], "always", batch=1, slots=8, cache_dtype="int8") for sequence in sequences]
+    together = run(model, sequences, "always", batch=5, slots=8, cache_dtype="int8", drafts=2)
+    assert together.traces() == [trace for one in alone for trace in one.traces()]
+    np.testing.assert_allclose(together.embeddings, np.concatenate([one.embeddings for one in alone]), atol=2e-3)
+
+
+def test_what_a_cache_takes():
+    language = tiny.architecture().language
+    heads, width = 2 * language.num_layers * language.num_kv_heads * 100, language.head_dim
+    sizes = {"float32": 4 * width, "bfloat16": 2 * width, "int8": width + 4}  # and a scale
+    assert {dtype: cache_bytes(language, 100, dtype) / heads for dtype in sizes} == sizes
 
 
 def test_samples_belong_to_the_prompt_alone(model):

@@ -85,10 +85,18 @@ def test_what_finds_no_room_comes_next():
 
 def test_one_short_sequence_gets_one_short_row():
     assert tiny.packer(16).rooms(TEXTS[:1]) == {False: Room(1, 1, 16, 0, 0)}
-    assert tiny.packer(16).rooms(TEXTS[:1], sample=True) == {False: Room(1, 4, 64, 0, 192)}
+    assert tiny.packer(16).rooms(TEXTS[:1], sample=True) == {False: Room(2, 4, 64, 0, 192)}
+
+
+def test_no_batch_is_left_nearly_empty():
+    """Nine pictures, a row each and eight to a batch at most, are five and four, and not eight and one."""
+    pictures = [tiny.sequence(i, 3, [(16, 16)]) for i in range(9)]
+    packer = dataclasses.replace(tiny.packer(8), patch_row_length=len(pictures[0].images[0].values))
+    held = [int((members >= 0).sum()) for members, _ in packer.deal(pictures, packer.rooms(pictures))]
+    assert held == [5, 4]
 
 
 def test_sizes_are_few():
-    assert [few(count) for count in (0, 1, 3, 4, 5, 60, 65, 70)] == [1, 1, 3, 4, 6, 64, 96, 96]
+    assert [few(count) for count in (0, 1, 3, 8, 9, 60, 65, 81)] == [0, 1, 3, 8, 10, 64, 80, 96]
     assert [rounded(size, 16) for size in (1, 16, 17, 300)] == [16, 16, 32, 304 + 16]
     assert [power_of_two(count) for count in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]

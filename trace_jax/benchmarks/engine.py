@@ -54,7 +54,7 @@ def _variant(retriever: Retriever, **options: Any) -> Retriever:
     return retriever.configured(dataclasses.replace(retriever.config, evaluation=changed))
 
 
-def engine(options: Flat = Options(), count: int = 256) -> None:
+def engine(options: Flat = Options(), count: int = 2048) -> None:
     """What reasoning costs: adaptive beside direct, and a mixed batch beside the ideal.
 
     The ideal for a mixed batch is the time of direct for the queries that do not reason, and of decoding the others

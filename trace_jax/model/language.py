@@ -1,7 +1,8 @@
 """The decoder: grouped-query attention with M-RoPE over packed rows, and a few tokens at a time over a KV cache."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +31,42 @@ from trace_jax.model.layers import (
 )
 
 Array = jax.Array
-LayerCache = tuple[Array, Array]  # k, v: [rows, kv_heads, slots, head_dim]
+
+
+class Int8(NamedTuple):
+    """Keys or values in a byte each: the product of both is meant."""
+
+    values: Array  # [rows, kv_heads, slots, head_dim] int8
+    scales: Array  # [rows, kv_heads, slots, 1] float32
+
+
+Kept = Array | Int8  # [rows, kv_heads, slots, head_dim]
+LayerCache = tuple[Kept, Kept]  # k, v
 Cache = tuple[LayerCache, ...]  # one a layer; a stacked cache would be copied at every step
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> the result, and what to keep
+
+
+def kept_as(new: Array, like: Kept) -> Kept:
+    """Keys or values in the dtype, or the bytes, of those that are kept already."""
+    if not isinstance(like, Int8):
+        return new.astype(like.dtype)
+    new = new.astype(jnp.float32)
+    scales = jnp.maximum(jnp.abs(new).max(axis=-1, keepdims=True), 1e-30) / 127
+    return Int8(jnp.round(new / scales).astype(jnp.int8), scales)
+
+
+def _read(kept: Kept, dtype: Any) -> Array:
+    if isinstance(kept, Int8):
+        return kept.values.astype(dtype) * kept.scales.astype(dtype)
+    return kept.astype(dtype)
+
+
+def empty_cache(architecture: LanguageArchitecture, rows: int, slots: int, dtype: Any) -> Cache:
+    """Zeros for the keys and values of so many rows and slots; `dtype` int8 also keeps scales."""
+    shape = (rows, architecture.num_kv_heads, slots)
+    values = jnp.zeros((*shape, architecture.head_dim), dtype)
+    one = Int8(values, jnp.zeros((*shape, 1), jnp.float32)) if values.dtype == jnp.int8 else values
+    return tuple((one, one) for _ in range(architecture.num_layers))
 
 
 class SelfAttention(nnx.Module):
@@ -178,22 +212,23 @@ class Decoder(nnx.Module):
 
         The tokens of all rows take the slots from `at`, so that the cache is written in place by one slice, and see
         the slots that `seen` [rows, n, slots] bool tells. Returns their states after the final norm [rows, n, hidden]
-        float32, and the cache with the tokens in it, which may be of another dtype than the states. Unrolled over
-        layers whatever `scan_layers` says; attention is XLA's, whose few rows of scores are small.
+        float32, and the cache with the tokens in it, of whatever dtype it is. Unrolled over layers whatever
+        `scan_layers` says; attention is XLA's, whose few rows of scores are small.
         """
         rotary = self._rotary(positions)
 
-        def write(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis=2)
+        def write(old: Kept, new: Array) -> Kept:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=2)
+            return jax.tree.map(put, old, kept_as(new, old))
 
         caches = []
         for layer, (keys, values) in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
 
             def to_cache(
-                q: Array, k: Array, v: Array, keys: Array = keys, values: Array = values
+                q: Array, k: Array, v: Array, keys: Kept = keys, values: Kept = values
             ) -> tuple[Array, LayerCache]:
                 kept = write(keys, k), write(values, v)
-                return attend(q, kept[0].astype(q.dtype), kept[1].astype(q.dtype), seen), kept
+                return attend(q, _read(kept[0], q.dtype), _read(kept[1], q.dtype), seen), kept
 
             x, kept = layer(x, rotary, to_cache)
             caches.append(kept)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -211,17 +212,9 @@ class Benchmark:
             return [frozenset(mbeir.hash_did(did) for did in each if wanted(each[did])) for each in dids]
 
         limited = any(0 in dids.values() for dids in judged.values())  # only then are wrong answers listed
-        task = query_set.task_id
         return Labelled(
             qids=[record["qid"] for record in records],
-            queries=[
-                Query(
-                    record["query_txt"],
-                    placed(record["query_txt"], record["images"]),
-                    self.instruction(task, record["dataset_id"], prompt),
-                )
-                for record in records
-            ],
+            queries=[self._query(query_set, record, prompt) for record in records],
             positives=of(lambda relevance: relevance > 0),
             galleries=of(lambda relevance: relevance >= 0) if limited else [],
             excluded=of(lambda relevance: relevance < 0),
@@ -230,6 +223,16 @@ class Benchmark:
             answers=[record["answer"] for record in records],
             kinds=[_kind(record["src_content"]) for record in records],
         )
+
+    def sample(self, query_set: QuerySet, count: int) -> list[Query]:
+        """At most so many queries of a file, spread over those that are asked; no other is read."""
+        source = mbeir.load_queries(self.folder, query_set.stem)
+        asked = self._rows(len(source))
+        return [self._query(query_set, source[row]) for row in asked[:: math.ceil(len(asked) / count)]]
+
+    def _query(self, query_set: QuerySet, record: mbeir.QueryRecord, prompt: int = 0) -> Query:
+        images = placed(record["query_txt"], record["images"])
+        return Query(record["query_txt"], images, self.instruction(query_set.task_id, record["dataset_id"], prompt))
 
 
 def _kind(src_content: str) -> str:

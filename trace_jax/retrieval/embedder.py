@@ -205,12 +205,14 @@ class Retriever:
         def tokenize(i: int, name: str) -> Tokens:
             return self.processor.document(read_document(documents[i]), name, cut=cut)
 
-        reader = _Reader(tokenize, "document", names, on_error)
+        reader = self._reader(tokenize, "document", names, on_error)
         if self.config.data.candidate_trace != "none":
-            return self._encode_written(len(documents), reader, "adaptive", progress=progress)
+            return self._encode_written(len(documents), reader, "adaptive", rooms, progress=progress)
         return self._encode_packed(len(documents), reader, rooms, progress=progress)
 
-    def encode_query_with_trace(self, queries: Sequence[Query], traces: Sequence[str]) -> Encoded:
+    def encode_query_with_trace(
+        self, queries: Sequence[Query], traces: Sequence[str], *, rooms: dict[bool, Room] | None = None
+    ) -> Encoded:
         """Queries that are handed their traces ("" for none); with true ones, the ceiling."""
         limit = self.config.data.max_trace_tokens
         given = [self.processor.encode(trace)[:limit] if trace else [] for trace in traces]
@@ -218,14 +220,25 @@ class Retriever:
         def tokenize(i: int, name: str) -> Tokens:
             return append(self.processor.query(queries[i], name), given[i])
 
-        encoded = self._encode_packed(len(queries), _Reader(tokenize, "query", None, "raise"))
+        encoded = self._encode_packed(len(queries), self._reader(tokenize, "query"), rooms)
         lengths = np.array([len(tokens) for tokens in given], np.int32)
         return dataclasses.replace(encoded, traces=list(traces), trace_tokens=lengths, reasoned=lengths > 0)
 
-    def rooms_for(self, documents: Sequence[Document]) -> dict[bool, Room]:
-        """Static shapes that fit a sample of documents: those without images, and those with."""
-        sample = [self.processor.finish(self.processor.document(document)) for document in documents]
-        return self._packer.rooms(sample, sample=True)
+    def rooms_for(self, sample: Sequence[Query | Document]) -> dict[bool, Room]:
+        """Static shapes for many calls, from a sample of their items: those without images, and those with."""
+        read = (
+            self.processor.query(item) if isinstance(item, Query) else self.processor.document(item) for item in sample
+        )
+        return self._packer.rooms([self.processor.finish(sequence) for sequence in read], sample=True)
+
+    def _reader(
+        self,
+        tokenize: Callable[[int, str], Tokens],
+        kind: str,
+        names: Sequence[str] | None = None,
+        on_error: OnError = "raise",
+    ) -> "_Reader":
+        return _Reader(tokenize, kind, names, on_error, self._packer.row_length)
 
     def _encode_packed(
         self,
@@ -285,6 +298,7 @@ class Retriever:
         names: Sequence[str] | None = None,
         cut: bool = True,
         on_error: OnError = "raise",
+        rooms: dict[bool, Room] | None = None,
         progress: bool = False,
     ) -> Encoded:
         """Reasons where the model chooses to (or never, or always: `mode`), then embeds.
@@ -295,21 +309,30 @@ class Retriever:
         def tokenize(i: int, name: str) -> Tokens:
             return self.processor.query(read_query(queries[i]), name, cut=cut)
 
-        reader = _Reader(tokenize, "query", names, on_error)
-        return self._encode_written(len(queries), reader, mode or self.config.evaluation.mode, progress=progress)
+        reader = self._reader(tokenize, "query", names, on_error)
+        mode = mode or self.config.evaluation.mode
+        return self._encode_written(len(queries), reader, mode, rooms, progress=progress)
 
-    def _encode_written(self, count: int, reader: "_Reader", mode: Mode, *, progress: bool = False) -> Encoded:
+    def _encode_written(
+        self,
+        count: int,
+        reader: "_Reader",
+        mode: Mode,
+        rooms: dict[bool, Room] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Encoded:
         """What follows the traces that the model writes."""
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(map(repr, MODES))}")
         parts = [Encoded.blank(0, self.width)]
         started, compiling = time.perf_counter(), compilations()[1] + _read.seconds
         if mode == "direct":
-            encoded = self._encode_packed(count, reader, progress=progress)
+            encoded = self._encode_packed(count, reader, rooms, progress=progress)
             return dataclasses.replace(encoded, seconds=_since(started, compiling))
         for part, chosen, sequences in self._windows(count, reader, progress):
             if chosen:
-                order, result = self._generate(sequences, mode)
+                order, result = self._generate(sequences, mode, rooms)
                 members = np.array(chosen)[order]
                 vectors = result.embeddings
                 if self.processor.position == "token":  # an ablation: all is read once more, with <|emb|>
@@ -324,7 +347,9 @@ class Retriever:
             parts.append(part)
         return dataclasses.replace(Encoded.joined(parts), seconds=_since(started, compiling))
 
-    def _generate(self, sequences: Sequence[Tokens], mode: Reasoning) -> tuple[list[int], Generation]:
+    def _generate(
+        self, sequences: Sequence[Tokens], mode: Reasoning, rooms: dict[bool, Room] | None = None
+    ) -> tuple[list[int], Generation]:
         """Which prompt each row of the result is of, and the result."""
         options, shards = self.config.evaluation, self._shards
         decoding = Decoding(
@@ -341,7 +366,7 @@ class Retriever:
         dealt: list[np.ndarray] = []
 
         def batches() -> Iterator[Rows]:
-            for members, rows in self._packer.deal(sequences, self._packer.rooms(sequences)):
+            for members, rows in self._packer.deal(sequences, self._packer.rooms(sequences) | (rooms or {})):
                 dealt.append(members)
                 yield sharding.to_devices(rows, self.mesh)
 
@@ -384,18 +409,29 @@ class _Reader:
     """Items to sequences, one at a time; what cannot be read is raised, or noted down."""
 
     def __init__(
-        self, tokenize: Callable[[int, str], Tokens], kind: str, names: Sequence[str] | None, on_error: OnError
+        self,
+        tokenize: Callable[[int, str], Tokens],
+        kind: str,
+        names: Sequence[str] | None,
+        on_error: OnError,
+        longest: int,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error {on_error!r} is neither 'raise' nor 'skip'")
         self._tokenize, self._names, self._skip = tokenize, names, on_error == "skip"
-        self.kind = kind
+        self._longest, self.kind = longest - 1, kind  # <|emb|> may follow
 
     def read(self, number: int, errors: list[str], at: int) -> Tokens | None:
         """Item `number`; None, and its message in errors[at], where it is skipped."""
         name = self._names[number] if self._names else f"{self.kind} {number}"
         try:
-            return self._tokenize(number, name)
+            sequence = self._tokenize(number, name)
+            if len(sequence) > self._longest:
+                raise ValueError(
+                    f"{len(sequence)} tokens with its images, and a row has {self._longest}; give fewer or smaller"
+                    " images, or raise data.row_length"
+                )
+            return sequence
         except (ValueError, TypeError) as error:
             named = str(error).startswith(name)
             if self._skip:

@@ -7,9 +7,11 @@ from it.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -28,6 +30,7 @@ from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
 from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, percent, rankings, recalls
+from trace_jax.retrieval.packing import Room
 from trace_jax.retrieval.pools import CandidateVectors
 from trace_jax.training.train import split_model
 
@@ -39,6 +42,7 @@ EvaluationMode = Mode | Literal["given", "external"]
 CIRCO_KS = (5, 10, 25, 50)  # of mAP, which its authors measure by
 DEEPER = {"fashion200k": (20, 50), "fashioniq": (20, 50), "mtfiq": (8,), unseen.CIRCO: (25, 50)}  # k of recall, beside
 BY_KIND = 5  # the k of the recall that is broken down by the kind of query
+SAMPLE = 1024  # queries of all files looked at to choose the static shapes
 CHECKED_QUERIES = 256  # of each query file, to measure an index against exact search
 
 
@@ -101,21 +105,22 @@ def encode(
     labelled: Labelled,
     *,
     prompt: int = 0,
+    rooms: dict[bool, Room] | None = None,
 ) -> Encoded:
     """Encodes a query file, loaded with a prompt, in one mode and keeps the result."""
     if mode == "given":
         traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
-        results = retriever.encode_query_with_trace(labelled.queries, traces)
+        results = retriever.encode_query_with_trace(labelled.queries, traces, rooms=rooms)
     elif mode == "external":
         traces = _read_reasoner(config, query_set, prompt)["traces"].tolist()
         asked = [
             dataclasses.replace(query, text=f"{query.text} {trace}".strip())
             for query, trace in zip(labelled.queries, traces, strict=True)
         ]
-        results = retriever.encode_query(asked, "direct", names=labelled.qids)
+        results = retriever.encode_query(asked, "direct", names=labelled.qids, rooms=rooms)
         results = dataclasses.replace(results, traces=traces, reasoned=np.array(list(map(bool, traces)), bool))
     else:
-        results = retriever.encode_query(labelled.queries, mode, names=labelled.qids)
+        results = retriever.encode_query(labelled.queries, mode, names=labelled.qids, rooms=rooms)
     artifacts.write_arrays(
         results_path(config, query_set, mode, prompt),
         key=np.array(results_key(config, retriever, query_set, mode, prompt)),
@@ -393,6 +398,12 @@ def evaluate(
     encoded, total = 0, passes * sum(benchmark.count(query_set) for query_set in chosen)
     with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=total) as bar:
 
+        @functools.cache
+        def rooms() -> dict[bool, Room]:
+            """The same shapes for all files: each that is compiled costs more than reading many queries."""
+            of_each = math.ceil(SAMPLE / len(chosen))
+            return retriever.rooms_for([query for each in chosen for query in benchmark.sample(each, of_each)])
+
         def results_of(query_set: QuerySet, mode: EvaluationMode, labelled: Labelled, prompt: int = 0) -> Encoded:
             nonlocal encoded
             bar.set_postfix_str(f"{query_set.stem} {mode}{_asked(prompt)}", refresh=False)
@@ -400,7 +411,7 @@ def evaluate(
             kept = load_results(config, query_set, mode, key, prompt)
             encoded += 0 if kept else len(labelled.qids)
             bar.update(len(labelled.qids) if mode != "given" else 0)
-            return kept or encode(config, retriever, query_set, mode, labelled, prompt=prompt)
+            return kept or encode(config, retriever, query_set, mode, labelled, prompt=prompt, rooms=rooms())
 
         for query_set in chosen:
             labelled = benchmark.load(query_set)

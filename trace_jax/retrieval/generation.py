@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.language import Cache
+from trace_jax.model.language import Cache, Int8, Kept, empty_cache, kept_as
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.packing import Rows
 from trace_jax.training.losses import take_states
@@ -233,8 +233,8 @@ def generate(
     `mode`: "adaptive" lets the first token decide; "always" forbids to stop at it. A stop ends a trace: the state that
     predicts it is the embedding. A trace that has not ended after `max_new_tokens` tokens is capped: its last state is
     the embedding. A prompt's result does not depend on the others, nor on `slots`, the most that are decoded at once (a
-    multiple of the mesh's data shards). `cache_dtype` is that of the slots' keys and values, default: the model's.
-    Raises ValueError for another mode, or prompts over `longest`.
+    multiple of the mesh's data shards). `cache_dtype` is that of the slots' keys and values, by default the model's;
+    int8 keeps a scale with each. Raises ValueError for another mode, or prompts over `longest`.
     """
     if mode not in get_args(Reasoning):
         raise ValueError(f"mode {mode!r} is neither 'adaptive' nor 'always'")
@@ -405,11 +405,10 @@ def _prefill(model: Qwen2_5_VL, rows: Rows, *, decoding: Decoding, mode: Reasoni
 def _empty_slots(architecture: LanguageArchitecture, slots: int, longest: int, decoding: Decoding, dtype: Any) -> Slots:
     """Free slots for prompts of so many tokens."""
     length = decoding.cache_length(longest)
-    cache = jnp.zeros((slots, architecture.num_kv_heads, length, architecture.head_dim), dtype)
     number = jnp.zeros(slots, jnp.int32)
     return place_rows(
         Slots(
-            cache=tuple((cache, cache) for _ in range(architecture.num_layers)),
+            cache=empty_cache(architecture, slots, length, dtype),
             seen=jnp.zeros((slots, length), bool),
             next=jnp.int32(longest),
             tokens=jnp.zeros((slots, longest + decoding.max_new_tokens + decoding.drafts + 1), jnp.int32),
@@ -444,16 +443,17 @@ def _admit(slots: Slots, prefilled: Prefilled, to: Array, chosen: Array, samples
     def of_sample(values: Array) -> Array:
         return jnp.take_along_axis(take(values), samples[:, None], axis=1, mode="clip")[:, 0]
 
-    def put_cache(old: Array, packed: Array) -> Array:
+    def put_cache(old: Kept, packed: Array) -> Kept:
         found = jnp.take_along_axis(packed[take(prefilled.row)], take(prefilled.places)[:, None, :, None], axis=2)
-        return old.at[to, :, : found.shape[2]].set(found.astype(old.dtype), mode="drop")
+        number = found.shape[2]
+        return jax.tree.map(lambda leaf, new: leaf.at[to, :, :number].set(new, mode="drop"), old, kept_as(found, old))
 
     lengths = take(prefilled.lengths)
     room = ((0, 0), (0, slots.tokens.shape[1] - prefilled.tokens.shape[1]))
     tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(chosen)), lengths].set(of_sample(prefilled.first))
     return place_rows(
         Slots(
-            cache=jax.tree.map(put_cache, slots.cache, prefilled.cache),
+            cache=jax.tree.map(put_cache, slots.cache, prefilled.cache, is_leaf=lambda leaf: isinstance(leaf, Int8)),
             seen=put(slots.seen, jnp.arange(slots.seen.shape[1], dtype=jnp.int32)[None] < lengths[:, None]),
             next=slots.next,
             tokens=put(slots.tokens, tokens),
@@ -549,8 +549,8 @@ def _last_seen(tokens: Array, length: Array) -> Array:
 
 def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> int:
     """What the keys and values of one row of so many slots take."""
-    each = architecture.num_kv_heads * length * architecture.head_dim * jnp.dtype(dtype).itemsize
-    return 2 * architecture.num_layers * each
+    cache = jax.eval_shape(lambda: empty_cache(architecture, 1, length, dtype))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
 PROGRAMS = (_prefill, _empty, _admit, _resize, _decode)

@@ -60,8 +60,8 @@ def _fields(item: Any, known: tuple[str, ...]) -> dict[str, Any]:
 def read_image(source: Any) -> bytes:
     """An image file's bytes, from them, a path (local or gs://), a Pillow image, or pixels [height, width, 3] uint8.
 
-    Pixels are kept as they are (PNG). Raises ValueError for a path without a file or pixels of another shape or dtype,
-    TypeError for any other type.
+    Pixels are kept as they are (PNG). Raises ValueError for a path without a file, a damaged Pillow image, or pixels of
+    another shape or dtype, TypeError for any other type.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
@@ -81,6 +81,10 @@ def read_image(source: Any) -> bytes:
             " (video is not supported)"
         )
     file = io.BytesIO()
+    try:
+        source.load()
+    except (OSError, SyntaxError) as error:  # what a file that was opened holds is read only now
+        raise ValueError(f"the image cannot be read ({error})") from error
     try:
         source.save(file, "PNG", compress_level=1)
     except OSError:  # a mode that PNG does not have

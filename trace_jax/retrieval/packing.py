@@ -51,13 +51,18 @@ class Packer:
     share: bool  # what sequences begin with stands once a row
 
     def rooms(self, sequences: Sequence[Tokens], *, sample: bool = False) -> dict[bool, Room]:
-        """Static shapes for sequences without images and for those with; or for many more than this `sample`."""
+        """Static shapes for sequences without images and for those with; or for many more than this `sample`.
+
+        Of these, more than usual may be short: seats cost little, and rows are to be full.
+        """
         rooms = {}
         for visual in (False, True):
             kind = [sequence for sequence in sequences if bool(sequence.images) == visual]
             if not kind:
                 continue
-            count = min(self.most, power_of_two(math.ceil(len(kind) / self.shards)))
+            each = math.ceil(len(kind) / self.shards)
+            # Dealt evenly: a last batch that is nearly empty costs as much as a full one.
+            count = min(self.most, each) if sample else math.ceil(each / math.ceil(each / self.most))
             some = [kind[i * len(kind) // count] for i in range(count)] if len(kind) > count else kind
             whole = not sample and some is kind
             lengths = [len(sequence) for sequence in kind]
@@ -75,18 +80,26 @@ class Packer:
                 for number in (needed, needed_patches)
             )
             patch_rows = min(patch_rows, len(images))  # a row holds at least one image
-            rooms[visual] = Room(count, rows, most, patch_rows, most_patches)
+            seats = power_of_two(count)
+            rooms[visual] = Room(2 * seats if sample else seats, rows, most, patch_rows, most_patches)
         return rooms
 
     def deal(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> Iterator[tuple[np.ndarray, Rows]]:
         """Batches, and which sequence each of their S * N places holds (-1: none).
 
-        In order; a sequence that finds no room comes first in the next.
+        In order; a sequence that finds no room comes first in the next, and one that has none even there, with more
+        images than the sample of which the rooms are, in one of its own.
         """
         for visual, room in rooms.items():
             pending = collections.deque(i for i, each in enumerate(sequences) if bool(each.images) == visual)
             while pending:
+                first = pending[0]
                 hands = [self._hand(sequences, pending, room) for _ in range(self.shards)]
+                if pending and pending[0] == first and not any((members >= 0).any() for members, _ in hands):
+                    pending.popleft()
+                    alone = collections.deque([first])
+                    own = self.rooms([sequences[first]])[visual]
+                    hands = [self._hand(sequences, alone, own) for _ in range(self.shards)]
                 members, rows = zip(*hands, strict=True)
                 inputs, *places = zip(*rows, strict=True)
                 yield np.concatenate(members), Rows(stack_shards(inputs), *map(np.stack, places))
@@ -138,9 +151,9 @@ class Packer:
 
 
 def few(count: int) -> int:
-    """The next power of two, or the middle between two: of short jobs, for which compiling is dearer than rows."""
-    largest = power_of_two(count)
-    return 3 * largest // 4 if largest >= 4 and count <= 3 * largest // 4 else largest
+    """The next of four sizes between two powers of two: of short jobs, for which compiling is dearer than some rows."""
+    step = max(1, power_of_two(count) // 8)
+    return math.ceil(count / step) * step
 
 
 def rounded(size: int, least: int) -> int:

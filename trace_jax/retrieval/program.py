@@ -4,9 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+import jax
+from etils import epath
 
 from trace_jax import config
 from trace_jax.config import Config
@@ -72,6 +76,7 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
     if options.untrained and not chosen.workdir:
         chosen = dataclasses.replace(chosen, workdir=f"runs/{chosen.name}_untrained")
     prepare_logging()
+    keep_compiled(chosen.run_dir)
     return chosen, options
 
 
@@ -80,6 +85,15 @@ def prepare_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     for library in ("absl", "jax", "apache_beam"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def keep_compiled(run_dir: str) -> None:
+    """What XLA compiles for a run stays in `<run>/compiled`, local or gs://, for the next program or attempt.
+
+    The environment variable JAX_COMPILATION_CACHE_DIR names another folder.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(run_dir) / "compiled"))
 
 
 @contextlib.contextmanager

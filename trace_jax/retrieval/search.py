@@ -89,17 +89,21 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
     benchmark = Benchmark(config)
     chosen, task_id = choose_pool(benchmark, pool, query)
     folder = index_folder(config, benchmark, chosen)
-    SearchIndex.load(folder)  # before the model, which takes longer to say that nothing is there
+    index = SearchIndex.load(folder)  # before the model, which takes longer to say that nothing is there
     if not query.instruction:
         query = dataclasses.replace(query, instruction=_instruction(benchmark, task_id, query))
     retriever = Retriever.load(config)
-    index = SearchIndex.load(folder, key=retriever.key)
+    if index.about["key"] != retriever.key:
+        raise artifacts.MissingStageError(
+            f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
+        )
     results = retriever.encode_query([query], mode, cut=False)
     rows, scores = index.search(results.embeddings, top)
     candidates = benchmark.candidates
     hits = [
         Hit(did_of(did), float(score), candidates.document(int(candidates.rows(np.array([did]))[0])))
         for did, score in zip(index.ids[rows[0]].tolist(), scores[0], strict=True)
+        if np.isfinite(score)  # an approximate index may find fewer
     ]
     return Answer(query, chosen, results.traces[0], hits)
 
