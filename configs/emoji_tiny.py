@@ -25,7 +25,7 @@ config = Config(
         max_pixels=56 * 56,
         max_text_tokens=64,
         # Pictures are harder to tell apart than texts; questions and captioned pictures are easier, or costlier.
-        weights={"t2i": 3.0, "i2i": 2.4, "it2i": 2.2, "i2t": 1.5, "t2t": 0.6, "t2it": 0.7, "it2t": 0.7, "it2it": 0.7},
+        weights={"t2i": 2.6, "i2i": 2.4, "it2i": 2.1, "i2t": 1.7, "t2t": 0.5, "t2it": 0.7, "it2t": 0.7, "it2it": 0.7},
         max_trace_tokens=48,
         hard_negatives=1,
     ),

@@ -12,7 +12,7 @@ from trace_jax import sharding
 from trace_jax.config import Mesh, to_json
 from trace_jax.data.schema import MARK, Document, Query
 from trace_jax.data.tokenizer import Processor, TextTooLongError, append
-from trace_jax.retrieval import pools
+from trace_jax.retrieval import embedder, pools
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
@@ -96,6 +96,21 @@ def test_queries_do_not_depend_on_their_company(retriever, queries):
         np.testing.assert_allclose(alone.embeddings[0], together.embeddings[i], atol=2e-5)
         assert alone.traces[0] == together.traces[i]
         assert alone.trace_tokens[0] == together.trace_tokens[i]
+
+
+def test_nothing_is_compiled_after_warming_up(retriever, queries):
+    options = dataclasses.replace(retriever.config.evaluation, batch_size=32)
+    warm = retriever.configured(dataclasses.replace(retriever.config, evaluation=options))
+    jobs = [(some, mode) for some in (queries, queries[:1], queries[::2]) for mode in ("adaptive", "direct")]
+    expected = [retriever.encode_query(some, mode) for some, mode in jobs]
+    warm.warm_up(queries)
+    before = compilations()[0], embedder._read.compilations
+    for (some, mode), wanted in zip(jobs, expected, strict=True):
+        found = warm.encode_query(some, mode)
+        np.testing.assert_allclose(found.embeddings, wanted.embeddings, atol=2e-5)
+        assert found.traces == wanted.traces
+    warm.encode_document([Document(query.text) for query in queries if not query.images])
+    assert (compilations()[0], embedder._read.compilations) == before
 
 
 def test_direct_queries_are_read_like_documents(retriever, queries):

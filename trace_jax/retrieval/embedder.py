@@ -39,6 +39,7 @@ from trace_jax.retrieval.generation import (
     cache_bytes,
     compilations,
     generate,
+    warm_up,
 )
 from trace_jax.retrieval.items import Item, read_document, read_query
 from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Room, Rows, power_of_two, rounded
@@ -146,6 +147,8 @@ class Retriever:
             share=runs.attention == "xla",  # splash cannot tell a shared beginning
         )
         self._cache_dtype = jnp.dtype(config.evaluation.cache_dtype or model.dtype)
+        self._warm: dict[bool, Room] = {}  # after `warm_up`: the shapes of every call
+        self._longest = 0
 
     @classmethod
     def load(cls, run: Config | str | os.PathLike, *, untrained: bool = False) -> "Retriever":
@@ -226,10 +229,27 @@ class Retriever:
 
     def rooms_for(self, sample: Sequence[Query | Document]) -> dict[bool, Room]:
         """Static shapes for many calls, from a sample of their items: those without images, and those with."""
-        read = (
-            self.processor.query(item) if isinstance(item, Query) else self.processor.document(item) for item in sample
-        )
-        return self._packer.rooms([self.processor.finish(sequence) for sequence in read], sample=True)
+        return self._packer.rooms([self.processor.finish(sequence) for sequence in self._read(sample)], sample=True)
+
+    def warm_up(self, sample: Sequence[Query | Document], mode: Mode | None = None) -> None:
+        """Compiles what encoding needs, so that a server's first queries do not wait for it, nor any later ones.
+
+        From now on all calls take the shapes of this sample, whatever the number of their items. Only an item that is
+        longer than all of the sample, or has more images, may still have something compiled. `mode` as in
+        `encode_query`; direct calls, and documents, are always included.
+        """
+        mode, sequences = mode or self.config.evaluation.mode, self._read(sample)
+        self._longest = rounded(max(map(len, sequences)), LEAST_LENGTH)
+        self._warm = self.rooms_for(sample)
+        self._encode_window([self.processor.finish(sequence) for sequence in sequences], self._warm)
+        if mode != "direct":
+            with jax.set_mesh(self.mesh):
+                batches = (sharding.to_devices(rows, self.mesh) for _, rows in self._packer.deal(sequences, self._warm))
+                warm_up(self._reads, batches, mode=mode, **self._decoding(sequences))
+
+    def _read(self, sample: Sequence[Query | Document]) -> list[Tokens]:
+        read = self.processor
+        return [read.query(item) if isinstance(item, Query) else read.document(item) for item in sample]
 
     def _reader(
         self,
@@ -252,7 +272,7 @@ class Retriever:
         parts = [Encoded.blank(0, self.width)]
         for part, chosen, prompts in self._windows(count, reader, progress):
             sequences = [self.processor.finish(prompt) for prompt in prompts]
-            fitting = self._packer.rooms(sequences) | (rooms or {})
+            fitting = self._packer.rooms(sequences) | (rooms or self._warm)
             part.embeddings[chosen] = self._cut(self._encode_window(sequences, fitting))
             parts.append(part)
         return Encoded.joined(parts)
@@ -351,7 +371,24 @@ class Retriever:
         self, sequences: Sequence[Tokens], mode: Reasoning, rooms: dict[bool, Room] | None = None
     ) -> tuple[list[int], Generation]:
         """Which prompt each row of the result is of, and the result."""
-        options, shards = self.config.evaluation, self._shards
+        fitting = self._packer.rooms(sequences) | (rooms or self._warm)
+        dealt: list[np.ndarray] = []
+
+        def batches() -> Iterator[Rows]:
+            for members, rows in self._packer.deal(sequences, fitting):
+                dealt.append(members)
+                yield sharding.to_devices(rows, self.mesh)
+
+        with jax.set_mesh(self.mesh):
+            result = generate(self._reads, batches(), mode=mode, **self._decoding(sequences))
+        self.work = self.work.plus(result.work)
+        members = np.concatenate(dealt)
+        rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}
+        return members[members >= 0].tolist(), result._replace(**rows)
+
+    def _decoding(self, sequences: Sequence[Tokens]) -> dict[str, Any]:
+        """How traces are written after these prompts: arguments of `generate`."""
+        options = self.config.evaluation
         decoding = Decoding(
             stops=(self.processor.emb, self.processor.end),
             max_new_tokens=options.max_trace_tokens,
@@ -360,30 +397,11 @@ class Retriever:
             samples=options.samples,
             seed=self.config.training.seed,
         )
-        longest = rounded(max(len(sequence) for sequence in sequences), LEAST_LENGTH)
-        count = min(options.batch_size, power_of_two(len(sequences) * options.samples))
-        slots = min(power_of_two(math.ceil(count / shards)), self._slots_in_memory(decoding.cache_length(longest)))
-        dealt: list[np.ndarray] = []
-
-        def batches() -> Iterator[Rows]:
-            for members, rows in self._packer.deal(sequences, self._packer.rooms(sequences) | (rooms or {})):
-                dealt.append(members)
-                yield sharding.to_devices(rows, self.mesh)
-
-        with jax.set_mesh(self.mesh):
-            result = generate(
-                self._reads,
-                batches(),
-                decoding,
-                longest=longest,
-                slots=shards * slots,
-                mode=mode,
-                cache_dtype=self._cache_dtype,
-            )
-        self.work = self.work.plus(result.work)
-        members = np.concatenate(dealt)
-        rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}
-        return members[members >= 0].tolist(), result._replace(**rows)
+        longest = max(self._longest, rounded(max(map(len, sequences)), LEAST_LENGTH))
+        count = options.batch_size if self._warm else power_of_two(len(sequences) * options.samples)
+        each = power_of_two(math.ceil(min(options.batch_size, count) / self._shards))
+        slots = self._shards * min(each, self._slots_in_memory(decoding.cache_length(longest)))
+        return {"decoding": decoding, "longest": longest, "slots": slots, "cache_dtype": self._cache_dtype}
 
     def _slots_in_memory(self, length: int) -> int:
         """How many rows of so many slots a shard's devices have room for (`evaluation.cache_gib`): a power of two."""

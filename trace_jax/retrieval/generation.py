@@ -259,19 +259,49 @@ def generate(
         if more:
             enough = len(rows) - math.ceil(len(rows) / REFILL)
         else:
-            size = min(size for size in sizes if size >= occupied)
-            if size < len(rows):
-                keep = sorted(range(len(rows)), key=lambda slot: rows[slot] is None)[:size]
-                running, rows = _resize(running, np.array(keep, np.int32)), [rows[slot] for slot in keep]
-            enough = max((smaller for smaller in sizes if smaller < size), default=0)
+            for size in sizes:  # by halves, so that there are few programs
+                if occupied <= size < len(rows):
+                    keep = sorted(range(len(rows)), key=lambda slot: rows[slot] is None)[:size]
+                    running, rows = _resize(running, np.array(keep, np.int32)), [rows[slot] for slot in keep]
+            enough = max((smaller for smaller in sizes if smaller < len(rows)), default=0)
         running, counts = _decode(model, running, np.int32(min(enough, occupied - 1)), decoding=decoding)
         _hand_out(running, rows, written)
         steps, useful, tokens = np.asarray(counts).tolist()
         work = work.plus(Work(steps, steps * len(rows), useful, tokens))
 
 
+def warm_up(
+    model: Qwen2_5_VL,
+    batches: Iterable[Rows],
+    decoding: Decoding,
+    *,
+    longest: int,
+    slots: int,
+    mode: Reasoning = "adaptive",
+    cache_dtype: Any = None,
+) -> None:
+    """Compiles all that `generate` can need for batches of these shapes; the arguments are the same."""
+    for rows in batches:
+        prefilled = _prefill(model, rows, decoding=decoding, mode=mode, longest=longest)
+        running = _empty(model.architecture.language, slots, longest, decoding, cache_dtype or model.dtype)
+        for moved in (slots, _refilled(slots)):
+            running = _admit(running, prefilled, *np.full((3, moved), slots, np.int32))  # nobody goes anywhere
+        for size in _sizes(slots):
+            if size < slots:
+                running = _resize(running, np.arange(size, dtype=np.int32))
+            running, counts = _decode(model, running, np.int32(0), decoding=decoding)  # of free slots: no step
+            jax.block_until_ready(counts)
+
+
+def _refilled(slots: int) -> int:
+    """How many slots are filled again at once."""
+    return max(1, slots // REFILL)
+
+
 def _sizes(slots: int) -> list[int]:
-    """The numbers of slots that are in use towards the end: halves, as long as they can be dealt to the devices."""
+    """The numbers of slots that are in use, fewer towards the end: halves, as long as they can be dealt to the
+    devices.
+    """
     mesh, sizes = jax.sharding.get_abstract_mesh(), [slots]
     shards = 1 if mesh.empty else sharding.data_shards(mesh)
     while sizes[-1] % (2 * shards) == 0 and sizes[-1] // 2 >= FEWEST:
@@ -309,7 +339,7 @@ def _refill(
     running: Slots, rows: list[_Request | None], waiting: collections.deque[tuple[Prefilled, _Request]]
 ) -> Slots:
     """Puts the next of those who wait into free slots: of one batch, and as many as a refill is, or all at first."""
-    batch, moved = waiting[0][0], len(rows) if not any(rows) else max(1, len(rows) // REFILL)
+    batch, moved = waiting[0][0], len(rows) if not any(rows) else _refilled(len(rows))
     chosen = np.full((3, moved), len(rows), np.int32)  # nobody goes to a slot that is not there
     for move in range(moved):
         if not waiting or waiting[0][0] is not batch or None not in rows:
