@@ -105,9 +105,9 @@ def test_an_encoder_is_given_the_traces_of_another_run(evaluated, benchmark_, re
     metrics, encoded = evaluate(config, retriever, benchmark_, ("external",), scope)
     chosen = benchmark_.choose(scope.tasks, scope.splits)
     assert encoded == sum(map(benchmark_.count, chosen))  # all else was there
-    query_set, key = chosen[0], queries_key(written, retriever)
+    query_set, key = chosen[0], queries_key(written, retriever, benchmark_)
     labelled, traces = benchmark_.load(query_set), load_results(written, query_set, "adaptive", key).traces
-    kept = load_results(config, query_set, "external", results_key(config, retriever, query_set, "external"))
+    kept = load_results(config, query_set, "external", results_key(config, retriever, benchmark_, query_set, "external"))
     assert kept.traces == traces and kept.reasoned.tolist() == [bool(trace) for trace in traces]
     texts = [f"{query.text} {trace}".strip() for query, trace in zip(labelled.queries, traces, strict=True)]
     asked = [dataclasses.replace(query, text=text) for query, text in zip(labelled.queries, texts, strict=True)]
@@ -124,7 +124,7 @@ def test_some_queries_can_be_asked_alone(tiny_config, benchmark_, retriever):
     query_set = some.choose(("it2i",), ("test",))[0]
     whole, part = benchmark_.load(query_set).qids, some.load(query_set).qids
     assert some.count(query_set) == 3 and part == [whole[i * len(whole) // 3] for i in range(3)]
-    assert queries_key(few, retriever) != queries_key(tiny_config, retriever)
+    assert queries_key(few, retriever, some) != queries_key(tiny_config, retriever, benchmark_)
     assert len(some.candidates) == len(benchmark_.candidates)
 
 
@@ -154,7 +154,7 @@ def test_metrics_hold_what_is_promised(evaluated):
 def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retriever):
     config, metrics = evaluated
     query_set = next(q for q in benchmark_.query_sets if q.split == "test" and q.trained)
-    results = load_results(config, query_set, "adaptive", queries_key(config, retriever))
+    results = load_results(config, query_set, "adaptive", queries_key(config, retriever, benchmark_))
     store, ids = CandidateVectors(config, benchmark_), benchmark_.ids(query_set.pool)
     rows, _ = exact_search(results.embeddings, store.read(store.candidates.rows(ids)), 10)
     labelled = benchmark_.load(query_set)
@@ -212,16 +212,6 @@ def test_a_stage_records_its_seconds_only_when_it_worked(tmp_path):
     assert artifacts.read_json(seconds) == {"embed": 99.0}
 
 
-def test_a_folder_of_another_mark_is_emptied(tmp_path):
-    folder = epath.Path(tmp_path) / "stage"
-    assert not artifacts.open_folder(folder, {"key": "a"})
-    artifacts.write_bytes(folder / "file", b"1")
-    assert artifacts.open_folder(folder, {"key": "a"})
-    assert (folder / "file").exists()
-    assert not artifacts.open_folder(folder, {"key": "b"})
-    assert not (folder / "file").exists()
-
-
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "file"
     artifacts.write_bytes(path, b"old")
@@ -231,8 +221,8 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_configs_of_other_limits_have_other_keys(retriever):
+def test_configs_of_other_limits_have_other_keys(retriever, benchmark_):
     config = dataclasses.replace(
         retriever.config, evaluation=dataclasses.replace(retriever.config.evaluation, max_trace_tokens=1)
     )
-    assert queries_key(config, retriever) != queries_key(retriever.config, retriever)
+    assert queries_key(config, retriever, benchmark_) != queries_key(retriever.config, retriever, benchmark_)
