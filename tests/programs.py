@@ -1,6 +1,7 @@
 """The programs of launch/ as processes of their own, run with a test's configuration."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -32,3 +33,18 @@ def start(stage: str, config: Config, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+
+
+def launch(config: Config, processes: int, stage: str = "train", devices: int = 8) -> list[subprocess.Popen]:
+    """Starts a program in so many processes that share so many CPU devices."""
+    if processes == 1:
+        return [start(stage, config, JAX_NUM_CPU_DEVICES=str(devices))]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "JAX_NUM_CPU_DEVICES": str(devices // processes),
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    }
+    return [start(stage, config, JAX_PROCESS_ID=str(i), **shared) for i in range(processes)]
