@@ -35,16 +35,15 @@ def start(stage: str, config: Config, **environment: str) -> subprocess.Popen:
     )
 
 
-def launch(config: Config, processes: int, stage: str = "train", devices: int = 8) -> list[subprocess.Popen]:
-    """Starts a program in so many processes that share so many CPU devices."""
+def environments(processes: int, devices: int = 8) -> list[dict[str, str]]:
+    """What tells so many processes that they are one program and share so many CPU devices; one is told nothing more
+    than how many devices there are.
+    """
+    own = {"JAX_NUM_CPU_DEVICES": str(devices // processes)}
     if processes == 1:
-        return [start(stage, config, JAX_NUM_CPU_DEVICES=str(devices))]
+        return [own]
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    shared = {
-        "JAX_NUM_CPU_DEVICES": str(devices // processes),
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    }
-    return [start(stage, config, JAX_PROCESS_ID=str(i), **shared) for i in range(processes)]
+    shared = own | {"JAX_NUM_PROCESSES": str(processes), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    return [shared | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]

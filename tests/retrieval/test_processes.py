@@ -8,8 +8,13 @@ import time
 
 import pytest
 
-from tests.programs import launch
+from tests.programs import environments, start
 from trace_jax.config import Config
+
+
+def launch(stage: str, config: Config, processes: int) -> list[subprocess.Popen]:
+    """Starts a program in so many processes, each with one CPU device."""
+    return [start(stage, config, **own) for own in environments(processes, devices=processes)]
 
 
 def finish(running: list[subprocess.Popen]) -> None:
@@ -27,10 +32,10 @@ def test_two_processes_embed_and_index_as_one(tiny_config, tmp_path):
     training = dataclasses.replace(tiny_config.training, steps=1)
     one = dataclasses.replace(tiny_config, training=training, workdir=str(tmp_path / "one"))
     two = dataclasses.replace(one, workdir=str(tmp_path / "two"))
-    finish(launch(one, 1, "train", 1))
+    finish(launch("train", one, 1))
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "checkpoints").symlink_to(tmp_path / "one" / "checkpoints")
-    running = launch(two, 2, "embed", 2)
+    running = launch("embed", two, 2)
     while not any((tmp_path / "two").glob("embeddings/tiny/*/*.npy")):
         assert all(process.poll() is None for process in running), [each.communicate()[1][-3000:] for each in running]
         time.sleep(0.01)
@@ -38,8 +43,8 @@ def test_two_processes_embed_and_index_as_one(tiny_config, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     for stage in ("embed", "build_index"):
-        finish(launch(one, 1, stage, 1))
-        finish(launch(two, 2, stage, 2))
+        finish(launch(stage, one, 1))
+        finish(launch(stage, two, 2))
     for what in ("embeddings", "indexes"):
         assert stored(one, what) and stored(one, what) == stored(two, what)
     assert len(stored(one, "embeddings")) > 4  # both had something to do

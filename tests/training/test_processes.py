@@ -3,11 +3,12 @@
 import dataclasses
 import os
 import signal
+import socket
 import time
 
 import pytest
 
-from tests.programs import launch
+from tests.programs import start
 from trace_jax.config import Config, Mesh, load_config
 from trace_jax.training.metrics import read_metrics
 
@@ -18,6 +19,21 @@ def configured(config: Config, folder, steps: int) -> Config:
     loss = dataclasses.replace(config.loss, learn_temperature=True, both_directions=True)
     workdir = str(folder)
     return dataclasses.replace(config, workdir=workdir, training=training, data=data, loss=loss, mesh=Mesh(4, 2, 1))
+
+
+def launch(config: Config, processes: int) -> list:
+    """Starts training in so many processes that share eight CPU devices."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "JAX_NUM_CPU_DEVICES": str(8 // processes),
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    }
+    if processes == 1:
+        return [start("train", config, JAX_NUM_CPU_DEVICES="8")]
+    return [start("train", config, JAX_PROCESS_ID=str(i), **shared) for i in range(processes)]
 
 
 def errors(running: list) -> list[str]:
