@@ -1,7 +1,8 @@
 """Embeds the candidates of a release: `python launch/embed.py [config] [--untrained] [overrides]`.
 
 Stopped anywhere, the same command goes on; what is done is skipped. `--untrained` takes the base alone, into
-runs/<config>_untrained.
+runs/<config>_untrained. Started on several hosts at once, each embeds its share, on its own devices alone
+(`--evaluation.mesh`), into a run directory that all of them see.
 """
 
 import logging
@@ -10,6 +11,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from trace_jax import sharding
 from trace_jax.retrieval import artifacts, program
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
@@ -17,6 +19,7 @@ from trace_jax.retrieval.pools import embed_candidates
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
+    sharding.join_processes()
     with program.clear_errors(), artifacts.stage(config.run_dir, "embed") as stage:
         retriever = Retriever.load(config, untrained=options.untrained)
         count = embed_candidates(config, retriever, Benchmark(config))

@@ -1,6 +1,7 @@
 """The programs of launch/ as processes of their own, run with a test's configuration."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -32,3 +33,17 @@ def start(stage: str, config: Config, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
+
+
+def environments(processes: int, devices: int = 8) -> list[dict[str, str]]:
+    """What tells so many processes that they are one program and share so many CPU devices; one is told nothing more
+    than how many devices there are.
+    """
+    own = {"JAX_NUM_CPU_DEVICES": str(devices // processes)}
+    if processes == 1:
+        return [own]
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    shared = own | {"JAX_NUM_PROCESSES": str(processes), "JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    return [shared | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]

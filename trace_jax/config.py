@@ -152,6 +152,7 @@ class Evaluation:
     dimensions: int | None = None  # embeddings cut to their first so many features (Matryoshka); None keeps all
     ks: tuple[int, ...] = (1, 5, 10)
     neighbours: int = 10  # results kept per query
+    search: Literal["scann", "exact"] = "scann"  # the index of launch/build_index.py, or all stored vectors
     queries: int = 0  # of each file that are asked, spread over it; 0: all
     reasoner: str = ""  # the run whose traces the mode "external" puts into the texts of the queries
     benchmark: str = ""  # the release that is searched and measured on; default data.release

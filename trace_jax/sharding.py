@@ -169,6 +169,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def dealt(items: Sequence[T]) -> Sequence[T]:
+    """Every n-th item, of n processes: the share of this one in work that each can do alone."""
+    return items[jax.process_index() :: jax.process_count()]
+
+
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
     """Makes global arrays of this host's part of a batch, whose arrays all have the leading axis S / hosts."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))

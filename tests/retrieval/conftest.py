@@ -31,6 +31,14 @@ def retriever(tiny_config) -> Retriever:
 
 
 @pytest.fixture(scope="session")
+def retrained(tiny_config, retriever) -> Retriever:
+    """The same step of the same base, trained otherwise."""
+    config = dataclasses.replace(tiny_config, training=dataclasses.replace(tiny_config.training, seed=1))
+    model = load_model(config, retriever.processor, retriever.mesh)
+    return Retriever(model, retriever.processor, tiny_config, retriever.mesh, step=0, identity=retriever.identity)
+
+
+@pytest.fixture(scope="session")
 def evaluated(tiny_config, benchmark_, retriever, tmp_path_factory) -> tuple[Config, dict]:
     """The configuration of a run that was embedded, indexed and evaluated, and its metrics."""
     config = dataclasses.replace(tiny_config, workdir=str(tmp_path_factory.mktemp("evaluated")))

@@ -3,9 +3,11 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from trace_jax import sharding
@@ -14,7 +16,7 @@ from trace_jax.data.schema import MARK, Document, Query
 from trace_jax.data.tokenizer import Processor, TextTooLongError, append
 from trace_jax.retrieval import embedder, pools
 from trace_jax.retrieval.artifacts import MissingStageError
-from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.training.checkpoint import CheckpointError, read_config
@@ -167,6 +169,7 @@ def test_shards_do_not_change_the_result(tiny_config, retriever, documents, quer
     config = dataclasses.replace(tiny_config, mesh=Mesh(data=2, fsdp=1, tensor=4))
     sharded = Retriever.load(config, untrained=True)
     assert sharding.data_shards(mesh) == 2
+    assert sharded.digest == retriever.digest and sharded.key == retriever.key
     np.testing.assert_allclose(
         sharded.encode_document(documents).embeddings, retriever.encode_document(documents).embeddings, atol=2e-5
     )
@@ -263,7 +266,7 @@ def evaluating(retriever, **changes) -> Retriever:
 
 def test_vectors_cut_to_their_first_features(retriever, documents, queries):
     short = evaluating(retriever, dimensions=16)
-    assert short.key != retriever.key
+    assert short.key != retriever.key and short.whole_key == retriever.whole_key
     for whole, cut in (
         (retriever.encode_document(documents).embeddings, short.encode_document(documents).embeddings),
         (retriever.encode_query(queries, "direct").embeddings, short.encode_query(queries, "direct").embeddings),
@@ -363,18 +366,19 @@ def test_without_a_checkpoint_the_error_says_what_to_run(fresh_config):
         Retriever.load(fresh_config)
 
 
-def test_keys_tell_checkpoints_and_lengths_apart(retriever):
+def test_keys_tell_checkpoints_and_lengths_apart(retriever, retrained):
     def key(**changes) -> str:
         data = dataclasses.replace(retriever.config.data, **changes)
         return retriever.configured(dataclasses.replace(retriever.config, data=data)).key
 
-    assert key() == retriever.key
+    assert key() == retriever.key != retrained.key
+    assert (retrained.step, retrained.identity) == (retriever.step, retriever.identity)
     assert key(max_text_tokens=9) != retriever.key
     assert key(batch_size=9) == retriever.key
 
 
 def test_embedding_goes_on_after_a_kill(fresh_config, benchmark_, retriever, monkeypatch, evaluated):
-    config, store = fresh_config, CandidateVectors(fresh_config, benchmark_)
+    config, store = fresh_config, CandidateVectors(fresh_config, benchmark_, retriever.whole_key)
     whole = CandidateVectors(evaluated[0], benchmark_)
     write, written = CandidateVectors.write, []
 
@@ -388,20 +392,72 @@ def test_embedding_goes_on_after_a_kill(fresh_config, benchmark_, retriever, mon
     with pytest.raises(KeyboardInterrupt):
         embed_candidates(config, retriever, benchmark_)
     monkeypatch.undo()
-    with pytest.raises(MissingStageError, match="not all embedded"):
-        store.read(np.arange(3))
-    assert embed_candidates(config, retriever, benchmark_) == len(benchmark_.candidates) - pools.SHARD
     rows = np.arange(len(benchmark_.candidates))
+    with pytest.raises(MissingStageError, match=r"not all embedded: .*00001\.npy is missing"):
+        store.read(rows)
+    assert embed_candidates(config, retriever, benchmark_) == len(benchmark_.candidates) - pools.SHARD
     np.testing.assert_array_equal(store.read(rows), whole.read(rows))
     np.testing.assert_array_equal(store.read(rows[510:515]), whole.read(rows)[510:515])
     assert embed_candidates(config, retriever, benchmark_) == 0
 
 
-def test_vectors_of_another_checkpoint_are_made_anew(fresh_config, benchmark_, retriever):
-    store = CandidateVectors(fresh_config, benchmark_)
-    assert store.key is None
-    for shard in range(store.shards):
-        store.write(shard, np.zeros((1, 4), np.float32))
-    assert store.missing() == []
-    assert embed_candidates(fresh_config, retriever, benchmark_) == len(benchmark_.candidates)
-    assert store.key == retriever.key
+def copied(config, tmp_path):
+    """A run with the vectors of another one."""
+    shutil.copytree(epath.Path(config.run_dir) / "embeddings", tmp_path / "run" / "embeddings")
+    return dataclasses.replace(config, workdir=str(tmp_path / "run"))
+
+
+def test_vectors_of_another_checkpoint_lie_beside(benchmark_, retriever, retrained, evaluated, tmp_path, monkeypatch):
+    config = copied(evaluated[0], tmp_path)
+    first = CandidateVectors(config, benchmark_)
+    rows, before = np.arange(3), first.read(np.arange(3))
+    monkeypatch.setattr(Retriever, "encode_document", lambda _, documents, **__: Encoded.blank(len(documents), 48))
+    assert embed_candidates(config, retrained, benchmark_) == len(benchmark_.candidates)
+    second = CandidateVectors(config, benchmark_)
+    assert second.key != first.key and not second.read(rows).any()
+    assert embed_candidates(config, retriever, benchmark_) == 0
+    assert CandidateVectors(config, benchmark_).key == first.key
+    np.testing.assert_array_equal(first.read(rows), before)
+
+
+def test_stored_vectors_are_cut_where_they_are_read(benchmark_, retriever, evaluated, tmp_path):
+    config, short = copied(evaluated[0], tmp_path), evaluating(retriever, dimensions=16)
+    whole = CandidateVectors(config, benchmark_)
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, dimensions=16))
+    assert embed_candidates(config, short, benchmark_) == 0
+    cut, rows = CandidateVectors(config, benchmark_), np.array([0, 3, 511, 512])
+    assert cut.folder == whole.folder and cut.index_key != whole.index_key
+    expected = whole.read(rows)[:, :16]
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(cut.read(rows), expected, atol=1e-6)
+    cut.folder.joinpath("00001.npy").unlink()
+    assert embed_candidates(config, short, benchmark_) == min(pools.SHARD, len(benchmark_.candidates) - pools.SHARD)
+    assert whole.read(rows).shape == (4, 48)  # of all features again
+    np.testing.assert_allclose(cut.read(rows), expected, atol=1e-6)
+
+
+def test_vectors_are_stored_in_bfloat16(benchmark_, retriever, evaluated):
+    store = CandidateVectors(evaluated[0], benchmark_)
+    stored = np.load(store.folder / "00000.npy")
+    assert stored.dtype == np.uint16 and stored.shape == (pools.SHARD, 48)
+    vectors = store.read(np.arange(5))
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    fresh = retriever.encode_document([benchmark_.candidates.document(row) for row in range(5)]).embeddings
+    np.testing.assert_allclose(vectors, fresh, atol=2**-8)
+
+
+def test_a_damaged_shard_is_named_and_made_anew_alone(benchmark_, retriever, evaluated, tmp_path):
+    config = copied(evaluated[0], tmp_path)
+    store = CandidateVectors(config, benchmark_)
+    shards = {path: path.read_bytes() for path in sorted(store.folder.iterdir())}
+    assert [path.name for path in shards][:2] == ["00000.npy", "00000.npy.sha256"]
+    damaged = bytearray(shards[store.folder / "00000.npy"])
+    damaged[-7] ^= 1
+    (store.folder / "00000.npy").write_bytes(bytes(damaged))
+    with pytest.raises(MissingStageError, match=r"00000\.npy is damaged; run launch/embed\.py"):
+        store.read(np.arange(3))
+    assert store.read(np.array([512])).shape == (1, 48)
+    assert embed_candidates(config, retriever, benchmark_) == pools.SHARD
+    assert {path: path.read_bytes() for path in sorted(store.folder.iterdir())} == shards
+    (store.folder / "00001.npy.sha256").unlink()
+    assert not store.is_whole(1)

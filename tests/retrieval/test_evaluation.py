@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+from trace_jax.config import Config
 from trace_jax.data.builders import mbeir
 from trace_jax.data.schema import TASKS
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.benchmark import Benchmark, did_of
-from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.evaluation import (
     Scope,
     evaluate,
@@ -105,9 +105,11 @@ def test_an_encoder_is_given_the_traces_of_another_run(evaluated, benchmark_, re
     metrics, encoded = evaluate(config, retriever, benchmark_, ("external",), scope)
     chosen = benchmark_.choose(scope.tasks, scope.splits)
     assert encoded == sum(map(benchmark_.count, chosen))  # all else was there
-    query_set, key = chosen[0], queries_key(written, retriever)
+    query_set, key = chosen[0], queries_key(written, retriever, benchmark_)
     labelled, traces = benchmark_.load(query_set), load_results(written, query_set, "adaptive", key).traces
-    kept = load_results(config, query_set, "external", results_key(config, retriever, query_set, "external"))
+    kept = load_results(
+        config, query_set, "external", results_key(config, retriever, benchmark_, query_set, "external")
+    )
     assert kept.traces == traces and kept.reasoned.tolist() == [bool(trace) for trace in traces]
     texts = [f"{query.text} {trace}".strip() for query, trace in zip(labelled.queries, traces, strict=True)]
     asked = [dataclasses.replace(query, text=text) for query, text in zip(labelled.queries, texts, strict=True)]
@@ -124,7 +126,7 @@ def test_some_queries_can_be_asked_alone(tiny_config, benchmark_, retriever):
     query_set = some.choose(("it2i",), ("test",))[0]
     whole, part = benchmark_.load(query_set).qids, some.load(query_set).qids
     assert some.count(query_set) == 3 and part == [whole[i * len(whole) // 3] for i in range(3)]
-    assert queries_key(few, retriever) != queries_key(tiny_config, retriever)
+    assert queries_key(few, retriever, some) != queries_key(tiny_config, retriever, benchmark_)
     assert len(some.candidates) == len(benchmark_.candidates)
 
 
@@ -154,7 +156,7 @@ def test_metrics_hold_what_is_promised(evaluated):
 def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retriever):
     config, metrics = evaluated
     query_set = next(q for q in benchmark_.query_sets if q.split == "test" and q.trained)
-    results = load_results(config, query_set, "adaptive", queries_key(config, retriever))
+    results = load_results(config, query_set, "adaptive", queries_key(config, retriever, benchmark_))
     store, ids = CandidateVectors(config, benchmark_), benchmark_.ids(query_set.pool)
     rows, _ = exact_search(results.embeddings, store.read(store.candidates.rows(ids)), 10)
     labelled = benchmark_.load(query_set)
@@ -186,13 +188,60 @@ def test_a_damaged_result_is_encoded_again(evaluated, benchmark_, retriever):
     }
 
 
-def test_indexes_of_another_checkpoint_are_refused(evaluated, benchmark_, retriever):
+def test_indexes_of_another_checkpoint_are_refused(evaluated, benchmark_, retriever, retrained):
     config, _ = evaluated
-    other = Retriever(
-        retriever.model, retriever.processor, retriever.config, retriever.mesh, step=7, identity=retriever.identity
-    )
+    assert queries_key(config, retrained, benchmark_) != queries_key(config, retriever, benchmark_)
     with pytest.raises(MissingStageError, match="another checkpoint"):
-        evaluate(config, other, benchmark_)
+        evaluate(config, retrained, benchmark_)
+
+
+def test_exact_search_needs_no_index(evaluated, benchmark_, retriever, tmp_path):
+    config, metrics = evaluated
+    shutil.copytree(config.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("indexes"))
+    options = dataclasses.replace(config.evaluation, search="exact")
+    exact = dataclasses.replace(config, workdir=str(tmp_path / "run"), evaluation=options)
+    found, encoded = evaluate(exact, retriever, benchmark_, ("direct",))
+    assert encoded == 0 and found["files"] == metrics["files"]
+    assert {index["kind"] for index in found["indexes"].values()} == {"none"}
+    with pytest.raises(MissingStageError, match="no index"):
+        evaluate(dataclasses.replace(config, workdir=exact.workdir), retriever, benchmark_)
+
+
+def built_anew(config, folder, name: str, change) -> Config:
+    """A release of which one file was changed by `change`, and its records."""
+    shutil.copytree(epath.Path(config.data.root) / "tiny" / "release", folder / "tiny" / "release")
+    path = folder / "tiny" / "release" / name
+    path.write_text(change(path.read_text()))
+    mbeir.build(folder / "tiny" / "release", folder / "tiny")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(folder)))
+
+
+def test_another_release_of_the_same_ids_is_embedded_anew(evaluated, benchmark_, retriever, tmp_path):
+    config, _ = evaluated
+    pool = next(name for name in benchmark_.searched_pools if benchmark_.source(name)[0]["txt"])
+    text = benchmark_.source(pool)[0]["txt"]
+
+    def reworded(lines: str) -> str:
+        assert json.dumps(text) in lines
+        return lines.replace(json.dumps(text), json.dumps(text[::-1]), 1)
+
+    other = built_anew(config, tmp_path, f"cand_pool/local/{pool}.jsonl", reworded)
+    changed = Benchmark(other)
+    np.testing.assert_array_equal(changed.candidates.ids, benchmark_.candidates.ids)
+    with pytest.raises(MissingStageError, match="the release was another one"):
+        CandidateVectors(other, changed)
+    old, new = (CandidateVectors(config, each, retriever.whole_key) for each in (benchmark_, changed))
+    assert old.folder != new.folder and old.is_whole(0) and not new.is_whole(0)
+    assert queries_key(other, retriever, changed) != queries_key(config, retriever, benchmark_)
+
+
+def test_other_instructions_ask_anew(evaluated, benchmark_, retriever, tmp_path):
+    config, _ = evaluated
+    name = "instructions/query_instructions.tsv"
+    other = built_anew(config, tmp_path, name, lambda lines: lines.replace("Find", "Show", 1))
+    changed = Benchmark(other)
+    assert queries_key(other, retriever, changed) != queries_key(config, retriever, benchmark_)
+    assert CandidateVectors(other, changed).is_whole(0)  # no candidate is asked with them
 
 
 # ---- artifacts -----------------------------------------------------------------------------------------------------
@@ -212,16 +261,6 @@ def test_a_stage_records_its_seconds_only_when_it_worked(tmp_path):
     assert artifacts.read_json(seconds) == {"embed": 99.0}
 
 
-def test_a_folder_of_another_mark_is_emptied(tmp_path):
-    folder = epath.Path(tmp_path) / "stage"
-    assert not artifacts.open_folder(folder, {"key": "a"})
-    artifacts.write_bytes(folder / "file", b"1")
-    assert artifacts.open_folder(folder, {"key": "a"})
-    assert (folder / "file").exists()
-    assert not artifacts.open_folder(folder, {"key": "b"})
-    assert not (folder / "file").exists()
-
-
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     path = epath.Path(tmp_path) / "file"
     artifacts.write_bytes(path, b"old")
@@ -231,8 +270,8 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_configs_of_other_limits_have_other_keys(retriever):
+def test_configs_of_other_limits_have_other_keys(retriever, benchmark_):
     config = dataclasses.replace(
         retriever.config, evaluation=dataclasses.replace(retriever.config.evaluation, max_trace_tokens=1)
     )
-    assert queries_key(config, retriever) != queries_key(retriever.config, retriever)
+    assert queries_key(config, retriever, benchmark_) != queries_key(retriever.config, retriever, benchmark_)

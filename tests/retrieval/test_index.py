@@ -1,13 +1,25 @@
 import json
+import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from etils import epath
 
+from trace_jax.config import ROOT
 from trace_jax.retrieval import index as index_module
 from trace_jax.retrieval.artifacts import MARK, MissingStageError
 from trace_jax.retrieval.benchmark import did_of
-from trace_jax.retrieval.index import SearchIndex, exact_search, export_vertex, kind_for, recall_against
+from trace_jax.retrieval.index import (
+    SearchIndex,
+    exact_search,
+    export_vertex,
+    kind_for,
+    recall_against,
+    write_index,
+)
 from trace_jax.retrieval.pools import CandidateVectors
 
 
@@ -54,6 +66,100 @@ def test_more_ties_than_are_asked_for_are_ranked_by_row():
     assert rows[0].tolist() == [0, 2, 4, 6, 8]
 
 
+@pytest.mark.parametrize("kind", ["hashed", "tree"])
+def test_more_than_are_rescored_by_default_can_be_asked_for(monkeypatch, kind):
+    monkeypatch.setattr(index_module, "EXACT_BELOW", 100)
+    monkeypatch.setattr(index_module, "FLAT_BELOW", 10**6 if kind == "hashed" else 200)
+    x = vectors(1500)
+    x[100:400] = x[7]  # more ties than are rescored, too
+    index, every = SearchIndex.build(x, np.arange(1500)), 39 if kind == "tree" else None  # of the leaves
+    rows, scores = index.search(x[:3], 600, leaves=every)
+    assert rows.shape == (3, 600) and (rows >= 0).all() and np.isfinite(scores).all()
+    assert all(len(set(row)) == 600 for row in rows.tolist())
+    assert recall_against(index.search(x[:3], 1500, leaves=every)[0], exact_search(x[:3], x, 1500)[0]) == 1
+    assert index.search(x[7:8], 5, leaves=every)[0][0].tolist() == [7, 100, 101, 102, 103]
+    assert index.search(x[7:8], 301, leaves=every)[0][0].tolist() == [7, *range(100, 400)]
+
+
+class Sliced:
+    """Vectors that note down how many were read at once."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self._x, self.most = x, 0
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        self.most = max(self.most, len(self._x[part]))
+        return self._x[part]
+
+
+def test_a_pool_larger_than_memory_is_read_in_parts(tmp_path):
+    x, ids = with_ties(), np.arange(50)
+    pool, folder = Sliced(x), epath.Path(tmp_path)
+    write_index(folder / "parts", pool, ids, key="a", largest=20)
+    assert pool.most == 17
+    SearchIndex.build(x, ids, key="a", largest=20).save(folder / "whole")
+    assert stored(folder / "parts") == stored(folder / "whole")
+    rows, scores = exact_search(x, pool, 10, chunk=2, query_chunk=20)
+    assert pool.most == 17
+    expected, expected_scores = exact_search(x, x, 10)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+
+
+def stored(folder: epath.Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    paths = pathlib.Path(folder).rglob("*")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths if path.is_file()}
+
+
+THRESHOLDS = {"exact": (10**6, 10**6), "hashed": (10, 10**6), "tree": (10, 20)}
+BUILD_HALF = """
+import sys, threading
+import numpy as np
+from etils import epath
+from tests.retrieval.test_index import THRESHOLDS, vectors
+from trace_jax.retrieval import index
+
+class Half:
+    def __len__(self):
+        return 6000
+    def __getitem__(self, part):
+        if part.start >= 3000:
+            stuck.set()
+            threading.Event().wait()
+        return vectors(6000)[part]
+
+for kind, (index.EXACT_BELOW, index.FLAT_BELOW) in THRESHOLDS.items():
+    stuck = threading.Event()
+    given = {"ids": np.arange(6000), "key": "a", "largest": 1500}
+    threading.Thread(target=index.write_index, args=(epath.Path(sys.argv[1]) / kind, Half()), kwargs=given).start()
+    stuck.wait()
+print("half", flush=True)
+"""
+
+
+def test_a_build_after_kill_9_ends_with_the_same_bytes(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", BUILD_HALF, str(tmp_path / "killed")]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert running.stdout is not None and running.stdout.readline() == "half\n"
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    for kind, (exact_below, flat_below) in THRESHOLDS.items():
+        monkeypatch.setattr(index_module, "EXACT_BELOW", exact_below)
+        monkeypatch.setattr(index_module, "FLAT_BELOW", flat_below)
+        killed, straight = (epath.Path(tmp_path) / name / kind for name in ("killed", "straight"))
+        assert sorted(path.name for path in killed.iterdir()) == ["00000", "00001"]
+        with pytest.raises(MissingStageError, match="no index"):
+            SearchIndex.load(killed)
+        for folder in (killed, straight):
+            write_index(folder, vectors(6000), np.arange(6000), key="a", largest=1500)
+        assert len(stored(straight)) > 12 and stored(straight) == stored(killed)
+        assert SearchIndex.load(killed).about["kind"] == kind
+
+
 def test_vertex_gets_every_vector(evaluated, benchmark_, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "EXPORTED", 100)
     pool, store = benchmark_.all_pools[0], CandidateVectors(evaluated[0], benchmark_)
@@ -63,16 +169,14 @@ def test_vertex_gets_every_vector(evaluated, benchmark_, tmp_path, monkeypatch):
     assert len(files) == -(-len(ids) // 100)
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert [line["id"] for line in lines] == [did_of(int(did)) for did in ids]
-    np.testing.assert_array_equal(
-        np.array([line["embedding"] for line in lines], np.float32), store.read(store.candidates.rows(ids))
-    )
+    np.testing.assert_array_equal(np.array([line["embedding"] for line in lines], np.float32), store.of(ids)[:])
 
 
 def test_an_index_comes_back_from_disk(tmp_path):
     x, folder = with_ties(), epath.Path(tmp_path) / "pool"
     ids = np.arange(50, dtype=np.int64) * 3
     SearchIndex.build(x, ids, key="a").save(folder)
-    loaded = SearchIndex.load(folder, key="a")
+    loaded = SearchIndex.load(folder)
     rows, scores = loaded.search(x, 5)
     expected, expected_scores = exact_search(x, x, 5)
     np.testing.assert_array_equal(rows, expected)
@@ -127,13 +231,11 @@ def test_an_impossible_change_of_an_index_names_the_candidate():
     assert index.ids.tolist() == [0, 1, 2, 3]
 
 
-def test_a_missing_stale_or_torn_index_is_refused(tmp_path):
+def test_a_missing_or_torn_index_is_refused(tmp_path):
     folder = epath.Path(tmp_path) / "pool"
     with pytest.raises(MissingStageError, match="make quickstart"):
         SearchIndex.load(folder)
     SearchIndex.build(vectors(5), np.arange(5), key="a").save(folder)
-    with pytest.raises(MissingStageError, match="another checkpoint"):
-        SearchIndex.load(folder, key="b")
     (folder / MARK).unlink()
     with pytest.raises(MissingStageError, match="no index"):
         SearchIndex.load(folder)

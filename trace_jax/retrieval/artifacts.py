@@ -1,8 +1,8 @@
 """What a run leaves on disk: files that are whole or absent, marks of what they were made from, wall
 seconds.
 
-A stage marks a folder (`about.json`) with the key of the checkpoint and the data that it is made from. A
-folder with another mark is stale: it is emptied before anything is written to it, and never read.
+A stage marks a folder (`about.json`) with the key of the checkpoint and the data that it is made from. One with
+another mark is stale: it is never read, and made anew or beside the old one.
 """
 
 import contextlib
@@ -66,16 +66,6 @@ def read_arrays(path: epath.Path) -> dict[str, np.ndarray]:
 def key_of(*parts: Any) -> str:
     """A short digest of JSON-like values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def open_folder(folder: epath.Path, mark: dict[str, Any]) -> bool:
-    """Prepares a folder for files made under `mark`, emptying one of another; says whether it was kept."""
-    if read_json(folder / MARK) == mark:
-        return True
-    if folder.exists():
-        folder.rmtree()
-    write_json(folder / MARK, mark)
-    return False
 
 
 @dataclasses.dataclass

@@ -108,6 +108,11 @@ class Benchmark:
             raise FileNotFoundError(f"{self.folder}: no pool {pool.stem} for the queries {stem}")
         return QuerySet(stem, dataset, task, split, pool.stem, dataset in self.trained)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of what the records, of queries and candidates, were built from."""
+        return json.loads((self.folder / "records" / "stamp.json").read_text("utf-8"))["fingerprint"]
+
     # ---- candidates --------------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -154,7 +159,8 @@ class Benchmark:
     # ---- queries -----------------------------------------------------------------------------------------
 
     @functools.cached_property
-    def _instructions(self) -> dict[tuple[int, str, str], list[str]]:
+    def instructions(self) -> dict[tuple[int, str, str], list[str]]:
+        """The prompts of each data set and task, as `mbeir.load_instructions` has them."""
         return mbeir.load_instructions(self.folder)
 
     def instruction(self, task_id: int, dataset_id: int | None = None, prompt: int = 0) -> str:
@@ -164,7 +170,7 @@ class Benchmark:
         fewer prompts.
         """
         source, target = (mbeir.SIDES[side] for side in TASKS[task_id].split("2"))
-        for (dataset, query, candidate), prompts in self._instructions.items():
+        for (dataset, query, candidate), prompts in self.instructions.items():
             if (query, candidate) == (source, target) and dataset_id in (None, dataset) and prompt < len(prompts):
                 return prompts[prompt]
         raise ValueError(

@@ -6,6 +6,8 @@ back in the order of the input, and do not depend on what else is in the batch b
 """
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import logging
 import math
@@ -18,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
+from flax import nnx, traverse_util
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax import sharding
@@ -45,7 +48,7 @@ from trace_jax.retrieval.items import Item, read_document, read_query
 from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Room, Rows, power_of_two, rounded
 from trace_jax.training.checkpoint import read_config
 from trace_jax.training.losses import normalize, take_states
-from trace_jax.training.train import load_model, model_identity, restore_model
+from trace_jax.training.train import load_model, model_identity, restore_model, split_model
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +97,7 @@ class Encoded:
 
 
 class Retriever:
-    """A model that turns queries and documents into comparable vectors.
-
-    `key` names the checkpoint and all that changes an embedding; what is stored is stored under it.
-    """
+    """A model that turns queries and documents into comparable vectors."""
 
     def __init__(
         self,
@@ -118,19 +118,6 @@ class Retriever:
             self._reads = nnx.clone(model)
             self._reads.fold_adapters()
         data, runs = config.data, config.model
-        self.key = key_of(
-            identity,
-            step,
-            data.prompts,
-            data.max_text_tokens,
-            data.min_pixels,
-            data.max_pixels,
-            runs.dtype,
-            runs.param_dtype,
-            *([config.evaluation.dimensions] if config.evaluation.dimensions else []),
-            *([data.position] if data.position != "before" else []),
-            *([config.evaluation.max_trace_tokens] if data.candidate_trace != "none" else []),
-        )
         options, hidden = config.evaluation, model.architecture.language.hidden_size
         if options.dimensions is not None and not 0 < options.dimensions <= hidden:
             raise ValueError(f"--evaluation.dimensions {options.dimensions}: the model has {hidden}")
@@ -164,7 +151,7 @@ class Retriever:
             raise MissingStageError(
                 f"no checkpoint in {folder}: run `make quickstart` (or launch/train.py {config.name}) first"
             )
-        mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh)
+        mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh, jax.local_devices())  # each host by itself
         processor = Processor.from_hf(config.model.base, config.data)
         identity = model_identity(config)
         if untrained:
@@ -176,6 +163,42 @@ class Retriever:
         if step < config.training.steps:
             log.warning("%s is trained for %d of %d steps only", config.run_dir, step, config.training.steps)
         return cls(model, processor, config, mesh, step=step, identity=identity)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same on any mesh and any
+        number of hosts. All processes that hold the model must ask for it.
+        """
+        _, trainable, _ = split_model(self.model, self.config.model.trainable)
+        digest = hashlib.sha256()
+        flat = {"/".join(map(str, path)): value for path, value in traverse_util.flatten_dict(trainable).items()}
+        for path, parameter in sorted(flat.items()):
+            own = parameter.is_fully_addressable
+            values = np.asarray(parameter if own else multihost_utils.process_allgather(parameter, tiled=True))
+            digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def whole_key(self) -> str:
+        """Names the base, the trained values and all that changes a document's vector before it is cut."""
+        data, runs = self.config.data, self.config.model
+        return key_of(
+            self.identity,
+            self.digest,
+            data.prompts,
+            data.max_text_tokens,
+            data.min_pixels,
+            data.max_pixels,
+            runs.dtype,
+            runs.param_dtype,
+            *([data.position] if data.position != "before" else []),
+            *([self.config.evaluation.max_trace_tokens] if data.candidate_trace != "none" else []),
+        )
+
+    @property
+    def key(self) -> str:
+        """`whole_key`, and how many features are kept: names the vectors that this retriever gives."""
+        return cut_key(self.whole_key, self.config.evaluation.dimensions)
 
     def configured(self, config: Config) -> "Retriever":
         """The same model under other options."""
@@ -273,7 +296,7 @@ class Retriever:
         for part, chosen, prompts in self._windows(count, reader, progress):
             sequences = [self.processor.finish(prompt) for prompt in prompts]
             fitting = self._packer.rooms(sequences) | (rooms or self._warm)
-            part.embeddings[chosen] = self._cut(self._encode_window(sequences, fitting))
+            part.embeddings[chosen] = cut_vectors(self._encode_window(sequences, fitting), self.width)
             parts.append(part)
         return Encoded.joined(parts)
 
@@ -290,13 +313,6 @@ class Retriever:
                 part.prompt_tokens[chosen] = [len(sequence) for sequence in there]
                 yield part, chosen, there
                 bar.update(len(sequences))
-
-    def _cut(self, vectors: np.ndarray) -> np.ndarray:
-        """The first features alone, of unit length again (Matryoshka): [n, D] -> [n, d]."""
-        if self.width == vectors.shape[1]:
-            return vectors
-        vectors = vectors[:, : self.width]
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
     def _encode_window(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> np.ndarray:
         out = np.empty((len(sequences), self.model.architecture.language.hidden_size), np.float32)
@@ -359,7 +375,7 @@ class Retriever:
                     traces = zip(order, result.traces(), strict=True)
                     whole = [self.processor.finish(append(sequences[i], trace)) for i, trace in traces]
                     vectors = self._encode_window(whole, self._packer.rooms(whole))
-                part.embeddings[members] = self._cut(vectors)
+                part.embeddings[members] = cut_vectors(vectors, self.width)
                 part.reasoned[members], part.capped[members] = result.reasoned, result.capped
                 part.trace_tokens[members] = result.lengths
                 for i, trace in zip(members, result.traces(), strict=True):
@@ -416,6 +432,17 @@ class Retriever:
                 f" it takes {row / 2**30:.2g} GiB"
             )
         return 1 << (room.bit_length() - 1)
+
+
+def cut_key(key: str, dimensions: int | None) -> str:
+    """The name of vectors that are cut to so many features; None keeps all."""
+    return key_of(key, dimensions) if dimensions else key
+
+
+def cut_vectors(vectors: np.ndarray, width: int) -> np.ndarray:
+    """The first features alone, of unit length again (Matryoshka): [n, D] -> [n, d]; zeros stay."""
+    vectors = vectors[:, :width]
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _since(started: float, compiling: float) -> float:

@@ -8,7 +8,6 @@ from it.
 
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import math
@@ -18,8 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 from etils import epath
-from flax import traverse_util
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from trace_jax.config import Config, to_json
@@ -28,11 +25,10 @@ from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import POOLS, PROMPTS, SPLITS, Benchmark, Labelled, QuerySet, did_of
 from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import Mode
-from trace_jax.retrieval.index import SearchIndex, exact_search, index_folder, recall_against
+from trace_jax.retrieval.index import ExactIndex, SearchIndex, exact_search, open_index, recall_against
 from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, percent, rankings, recalls
 from trace_jax.retrieval.packing import Room
 from trace_jax.retrieval.pools import CandidateVectors
-from trace_jax.training.train import split_model
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +100,11 @@ def encode(
     mode: EvaluationMode,
     labelled: Labelled,
     *,
+    key: str,
     prompt: int = 0,
     rooms: dict[bool, Room] | None = None,
 ) -> Encoded:
-    """Encodes a query file, loaded with a prompt, in one mode and keeps the result."""
+    """Encodes a query file, loaded with a prompt, in one mode and keeps the result under `key` (`results_key`)."""
     if mode == "given":
         traces = [trace + config.data.closing_tag if trace else "" for trace in labelled.traces]
         results = retriever.encode_query_with_trace(labelled.queries, traces, rooms=rooms)
@@ -123,27 +120,40 @@ def encode(
         results = retriever.encode_query(labelled.queries, mode, names=labelled.qids, rooms=rooms)
     artifacts.write_arrays(
         results_path(config, query_set, mode, prompt),
-        key=np.array(results_key(config, retriever, query_set, mode, prompt)),
+        key=np.array(key),
         **{field.name: np.asarray(getattr(results, field.name)) for field in dataclasses.fields(results)},
     )
     return results
 
 
-def queries_key(config: Config, retriever: Retriever) -> str:
-    """What encoded queries depend on: the retriever, how long a trace may be, and how it is drawn."""
+def queries_key(config: Config, retriever: Retriever, benchmark: Benchmark) -> str:
+    """What encoded queries depend on: the retriever, the queries, how long a trace may be, and how it is drawn."""
     options = config.evaluation
     drawn = [options.temperature, options.samples, config.training.seed] if options.temperature else []
     some = [options.queries] if options.queries else []
     return artifacts.key_of(
-        retriever.key, options.max_trace_tokens, config.data.max_trace_tokens, options.cache_dtype, *drawn, *some
+        retriever.key,
+        benchmark.fingerprint,
+        sorted(benchmark.instructions.items()),
+        options.max_trace_tokens,
+        config.data.max_trace_tokens,
+        options.cache_dtype,
+        *drawn,
+        *some,
     )
 
 
 def results_key(
-    config: Config, retriever: Retriever, query_set: QuerySet, mode: EvaluationMode, prompt: int = 0
+    config: Config,
+    retriever: Retriever,
+    benchmark: Benchmark,
+    query_set: QuerySet,
+    mode: EvaluationMode,
+    *,
+    prompt: int = 0,
 ) -> str:
     """What the encoded queries of a file depend on: as `queries_key`, and on another run's traces."""
-    key = queries_key(config, retriever)
+    key = queries_key(config, retriever, benchmark)
     return artifacts.key_of(key, str(_read_reasoner(config, query_set, prompt)["key"])) if mode == "external" else key
 
 
@@ -167,15 +177,14 @@ class Searcher:
 
     config: Config
     benchmark: Benchmark
-    key: str
-    indexes: dict[str, SearchIndex] = dataclasses.field(default_factory=dict)
+    store: CandidateVectors
+    indexes: dict[str, SearchIndex | ExactIndex] = dataclasses.field(default_factory=dict)
     checked: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
-    def index(self, pool: str) -> SearchIndex:
+    def index(self, pool: str) -> SearchIndex | ExactIndex:
         """The index of a pool, loaded once."""
         if pool not in self.indexes:
-            folder = index_folder(self.config, self.benchmark, pool)
-            self.indexes[pool] = SearchIndex.load(folder, key=self.key)
+            self.indexes[pool] = open_index(self.config, self.benchmark, pool, self.store.index_key)
         return self.indexes[pool]
 
     def search(
@@ -209,9 +218,8 @@ class Searcher:
         self, galleries: Sequence[frozenset[int]], queries: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ranks the few candidates of each query, as an index does: dids [n, k] int64 (-1 beyond them), scores."""
-        store = CandidateVectors(self.config, self.benchmark)
         ids = np.unique(np.concatenate([np.fromiter(each, np.int64) for each in galleries]))
-        vectors = store.read(store.candidates.rows(ids))
+        vectors = self.store.of(ids)[:]
         found = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         for query, gallery in enumerate(galleries):
@@ -223,10 +231,9 @@ class Searcher:
 
     def check(self, pool: str, queries: np.ndarray) -> None:
         """Compares an index with exact search on some queries [q, D]."""
-        index, store = self.index(pool), CandidateVectors(self.config, self.benchmark)
-        vectors = store.read(store.candidates.rows(index.ids))
-        k = max(self.config.evaluation.ks)
-        share = recall_against(index.search(queries, k)[0], exact_search(queries, vectors, k)[0])
+        index, k = self.index(pool), max(self.config.evaluation.ks)
+        exact, _ = exact_search(queries, self.store.of(index.ids), k)
+        share = recall_against(index.search(queries, k)[0], exact)
         self.checked.setdefault(pool, []).append(share)
 
 
@@ -387,7 +394,7 @@ def evaluate(
     """
     scope = scope or Scope()
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
-    searcher = Searcher(config, benchmark, retriever.key)
+    searcher = Searcher(config, benchmark, CandidateVectors(config, benchmark, retriever.whole_key))
     chosen = benchmark.choose(scope.tasks, scope.splits)
     for pool in sorted({pool_of(query_set, each) for query_set in chosen for each in scope.pools}):
         searcher.index(pool)
@@ -407,11 +414,11 @@ def evaluate(
         def results_of(query_set: QuerySet, mode: EvaluationMode, labelled: Labelled, prompt: int = 0) -> Encoded:
             nonlocal encoded
             bar.set_postfix_str(f"{query_set.stem} {mode}{_asked(prompt)}", refresh=False)
-            key = results_key(config, retriever, query_set, mode, prompt)
+            key = results_key(config, retriever, benchmark, query_set, mode, prompt=prompt)
             kept = load_results(config, query_set, mode, key, prompt)
             encoded += 0 if kept else len(labelled.qids)
             bar.update(len(labelled.qids) if mode != "given" else 0)
-            return kept or encode(config, retriever, query_set, mode, labelled, prompt=prompt, rooms=rooms())
+            return kept or encode(config, retriever, query_set, mode, labelled, key=key, prompt=prompt, rooms=rooms())
 
         for query_set in chosen:
             labelled = benchmark.load(query_set)
@@ -432,7 +439,7 @@ def evaluate(
             if query_set.split == "test" and query_set.trained:
                 for kind in (False, True):
                     routed[kind].append(results[run[0]].reasoned[labelled.complex == kind])
-    metrics = summarise(config, retriever, entries)
+    metrics = summarise(config, retriever, benchmark, entries)
     metrics["routing"] = {
         "simple_direct": percent(~np.concatenate(routed[False])) if routed[False] else None,
         "complex_reasoned": percent(np.concatenate(routed[True])) if routed[True] else None,
@@ -462,18 +469,9 @@ def metrics_path(config: Config) -> epath.Path:
     return epath.Path(config.run_dir) / ("metrics.json" if own else f"metrics_{config.benchmark}.json")
 
 
-def checkpoint_hash(config: Config, retriever: Retriever) -> str:
-    """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same wherever it is sharded."""
-    _, trainable, _ = split_model(retriever.model, config.model.trainable)
-    digest = hashlib.sha256()
-    flat = {"/".join(map(str, path)): parameter for path, parameter in traverse_util.flatten_dict(trainable).items()}
-    for path, parameter in sorted(flat.items()):
-        values = np.asarray(multihost_utils.process_allgather(parameter, tiled=True))
-        digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()
-
-
-def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    config: Config, retriever: Retriever, benchmark: Benchmark, entries: dict[QuerySet, dict[str, Any]]
+) -> dict[str, Any]:
     """Arranges the figures of all query files: by task, by unseen set, and of the validation split."""
     tasks: dict[str, list[dict]] = {}
     unseen: dict[str, dict[str, dict]] = {}
@@ -502,8 +500,8 @@ def summarise(config: Config, retriever: Retriever, entries: dict[QuerySet, dict
         "checkpoint": {
             "step": retriever.step,
             "identity": retriever.identity,
-            "sha256": checkpoint_hash(config, retriever),
-            "queries_key": queries_key(config, retriever),
+            "sha256": retriever.digest,
+            "queries_key": queries_key(config, retriever, benchmark),
         },
         "average": average("local"),
         "average_global": average("global"),

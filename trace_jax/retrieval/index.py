@@ -13,27 +13,30 @@ import json
 import math
 import pathlib
 import tempfile
-import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from scann.scann_ops.py import scann_ops_pybind
 from tqdm import tqdm
 
+from trace_jax import sharding
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, did_of
-from trace_jax.retrieval.pools import CandidateVectors
+from trace_jax.retrieval.pools import CandidateVectors, Vectors
 
 EXACT_BELOW = 20_000
 FLAT_BELOW = 100_000
 MARGIN = 16  # neighbours fetched beyond k, to break ties at the edge by did
 LARGEST = 4_000_000  # candidates of one ScaNN searcher
+RESCORED = 256  # neighbours that hashing hands to exact scores, or as many as are asked for if more
 ADDED = 256  # candidates that ScaNN adds at once
 EXPORTED = 10_000  # candidates of a file for Vertex AI
 
@@ -54,7 +57,7 @@ class SearchIndex:
         """Gives candidates their rows; says what is there."""
         self.ids = np.sort(np.concatenate(self._members))  # [n] int64: dids as integers, ascending
         self._rows = [np.searchsorted(self.ids, members) for members in self._members]
-        self.about = self.about | {"candidates": len(self.ids), "dids": _digest(self.ids)}
+        self.about = self.about | _counted(self.ids)
 
     @classmethod
     def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "", largest: int = LARGEST) -> "SearchIndex":
@@ -62,18 +65,8 @@ class SearchIndex:
 
         Raises ValueError for none.
         """
-        if not len(ids):
-            raise ValueError("a pool without candidates cannot be searched")
-        started = time.perf_counter()
-        bounds = _bounds(len(ids), math.ceil(len(ids) / largest))
-        searchers = [_build(vectors[first:last]) for first, last in itertools.pairwise(bounds)]
-        about = {
-            "key": key,
-            "kind": kind_for(bounds[1]),
-            "searchers": len(searchers),
-            "seconds": round(time.perf_counter() - started, 2),
-        }
-        return cls(searchers, [ids[first:last] for first, last in itertools.pairwise(bounds)], about)
+        parts = _parts(len(ids), largest)
+        return cls([_build(vectors[part]) for part in parts], [ids[part] for part in parts], _about(parts, key))
 
     def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
         """Adds vectors [m, D] float32 of new dids [m] int64.
@@ -109,31 +102,16 @@ class SearchIndex:
         self._number()
 
     def save(self, folder: epath.Path) -> None:
-        """Writes the index to an empty place; its mark comes last, so that a torn one is never loaded."""
-        if folder.exists():
-            (folder / artifacts.MARK).unlink(missing_ok=True)
-            folder.rmtree()
-        for number, searcher in enumerate(self._searchers):
-            part = folder / f"{number:05d}"
-            part.mkdir(parents=True)
-            with tempfile.TemporaryDirectory() as temporary:
-                searcher.serialize(temporary, relative_path=True)
-                for path in sorted(pathlib.Path(temporary).iterdir()):
-                    (part / path.name).write_bytes(path.read_bytes())
-        artifacts.write_arrays(folder / "ids.npz", ids=np.concatenate(self._members))
-        artifacts.write_json(folder / artifacts.MARK, self.about)
+        """Writes the index, in place of another."""
+        _write(folder, iter(self._searchers), np.concatenate(self._members), self.about)
 
     @classmethod
-    def load(cls, folder: epath.Path, *, key: str | None = None) -> "SearchIndex":
-        """Reads an index. Raises MissingStageError for none, or one of a checkpoint other than `key`."""
+    def load(cls, folder: epath.Path) -> "SearchIndex":
+        """Reads an index. Raises MissingStageError for none."""
         about = artifacts.read_json(folder / artifacts.MARK)
         if about is None or "searchers" not in about:
             raise artifacts.MissingStageError(
                 f"no index in {folder}: run `make quickstart` (or launch/build_index.py) first"
-            )
-        if key is not None and about["key"] != key:
-            raise artifacts.MissingStageError(
-                f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
             )
         searchers = [_load(folder / f"{number:05d}") for number in range(about["searchers"])]
         ends = np.cumsum([searcher.size() for searcher in searchers])
@@ -155,9 +133,61 @@ class SearchIndex:
         return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
 
 
-def _bounds(count: int, parts: int) -> list[int]:
-    """Where each of nearly equal parts begins, and the end."""
-    return np.linspace(0, count, parts + 1).round().astype(int).tolist()
+class ExactIndex:
+    """All vectors of a pool, searched as a `SearchIndex` is, without an index: no candidate is overlooked."""
+
+    def __init__(self, vectors: Vectors, ids: np.ndarray, key: str) -> None:
+        self._vectors, self.ids = vectors, ids
+        self.about = {"key": key, "kind": "none"} | _counted(ids)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `exact_search`."""
+        return exact_search(queries, self._vectors, k)
+
+
+def write_index(
+    folder: epath.Path, vectors: np.ndarray | Vectors, ids: np.ndarray, *, key: str = "", largest: int = LARGEST
+) -> None:
+    """`SearchIndex.build` and `save`, but for one searcher at a time: no more vectors than its own are in memory."""
+    parts = _parts(len(ids), largest)
+    _write(folder, (_build(vectors[part]) for part in parts), ids, _about(parts, key) | _counted(ids))
+
+
+def _write(folder: epath.Path, searchers: Iterator[Any], ids: np.ndarray, about: dict[str, Any]) -> None:
+    """Writes an index; its mark comes last, so that a torn one is never loaded. `ids` are in the searchers' order."""
+    if folder.exists():
+        (folder / artifacts.MARK).unlink(missing_ok=True)
+        folder.rmtree()
+    for number, searcher in enumerate(searchers):
+        part = folder / f"{number:05d}"
+        part.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            searcher.serialize(temporary, relative_path=True)
+            for path in sorted(pathlib.Path(temporary).iterdir()):
+                (part / path.name).write_bytes(path.read_bytes())
+    artifacts.write_arrays(folder / "ids.npz", ids=ids)
+    artifacts.write_json(folder / artifacts.MARK, about)
+
+
+def _parts(count: int, largest: int) -> list[slice]:
+    """Nearly equal parts of at most so many candidates. Raises ValueError for no candidates."""
+    if not count:
+        raise ValueError("a pool without candidates cannot be searched")
+    bounds = np.linspace(0, count, math.ceil(count / largest) + 1).round().astype(int).tolist()
+    return [slice(first, last) for first, last in itertools.pairwise(bounds)]
+
+
+def _about(parts: list[slice], key: str) -> dict[str, Any]:
+    """What an index is; nothing that differs from build to build."""
+    return {"key": key, "kind": kind_for(parts[0].stop), "searchers": len(parts)}
+
+
+def _counted(ids: np.ndarray) -> dict[str, Any]:
+    return {"candidates": len(ids), "dids": _digest(ids)}
+
+
+def _digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
 
 
 def _build(vectors: np.ndarray) -> Any:
@@ -174,7 +204,7 @@ def _build(vectors: np.ndarray) -> Any:
         )
     if kind == "exact":
         return builder.score_brute_force().build()
-    return builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(256).build()
+    return builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(RESCORED).build()
 
 
 def _load(folder: epath.Path) -> Any:
@@ -198,7 +228,10 @@ def _search(
     wanted = min(k + MARGIN, count)
     while True:
         rows, scores = searcher.search_batched_parallel(
-            np.ascontiguousarray(queries, np.float32), final_num_neighbors=wanted, leaves_to_search=leaves
+            np.ascontiguousarray(queries, np.float32),
+            final_num_neighbors=wanted,
+            pre_reorder_num_neighbors=max(RESCORED, wanted),
+            leaves_to_search=leaves,
         )
         found = np.isfinite(scores)
         rows = np.where(found, rows_of[np.where(found, rows, 0)], -1)
@@ -248,31 +281,31 @@ def _merge_best(  # noqa: PLR0917
 
 
 def exact_search(
-    queries: np.ndarray, candidates: np.ndarray, k: int, *, chunk: int = 65_536, query_chunk: int = 2_048
+    queries: np.ndarray, candidates: np.ndarray | Vectors, k: int, *, chunk: int = 65_536, query_chunk: int = 2_048
 ) -> tuple[np.ndarray, np.ndarray]:
     """The reference: the min(k, n) best of candidates [n, D] for queries [q, D], float32.
 
-    Candidates go to this host's devices in chunks of so many on each; queries are taken in chunks, too. Returns rows
-    [q, k] int64 and scores [q, k] float32, best first, equal scores by row.
+    Candidates are sliced once each, and go to this host's devices in chunks of so many on each; queries are taken in
+    chunks, too. Returns rows [q, k] int64 and scores [q, k] float32, best first, equal scores by row.
     """
-    if len(queries) > query_chunk:
-        starts = range(0, len(queries), query_chunk)
-        parts = [exact_search(queries[at : at + query_chunk], candidates, k, chunk=chunk) for at in starts]
-        rows, scores = zip(*parts, strict=True)
-        return np.concatenate(rows), np.concatenate(scores)
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
     k, chunk = min(k, len(candidates)), len(devices) * min(chunk, math.ceil(len(candidates) / len(devices)))
     whole, dealt = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
-    best = (np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int32))
-    best = jax.device_put(best, whole)
-    asked = jax.device_put(np.asarray(queries, np.float32), whole)
+    starts = range(0, max(len(queries), 1), query_chunk)
+    asked = [jax.device_put(np.asarray(queries[at : at + query_chunk], np.float32), whole) for at in starts]
+    nothing = [(np.full((len(some), k), -np.inf, np.float32), np.full((len(some), k), -1, np.int32)) for some in asked]
+    best = jax.device_put(nothing, whole)
     for first in range(0, len(candidates), chunk):
         part = np.asarray(candidates[first : first + chunk], np.float32)
         count = len(part)
         part = jax.device_put(np.pad(part, ((0, chunk - count), (0, 0))), dealt)
-        best = _merge_best(asked, part, np.int32(first), np.int32(count), best, k, mesh)
-    return np.asarray(best[1]).astype(np.int64), np.asarray(best[0])
+        best = [
+            _merge_best(some, part, np.int32(first), np.int32(count), found, k, mesh)
+            for some, found in zip(asked, best, strict=True)
+        ]
+    scores, rows = (np.concatenate([np.asarray(part) for part in each]) for each in zip(*best, strict=True))
+    return rows.astype(np.int64), scores
 
 
 def recall_against(found: np.ndarray, reference: np.ndarray) -> float:
@@ -286,19 +319,36 @@ def index_folder(config: Config, benchmark: Benchmark, pool: str) -> epath.Path:
     return epath.Path(config.run_dir) / "indexes" / benchmark.name / pool
 
 
+def open_index(config: Config, benchmark: Benchmark, pool: str, key: str | None = None) -> SearchIndex | ExactIndex:
+    """What a pool is searched with (`evaluation.search`). Raises MissingStageError when it is not there, or of vectors
+    other than those of `key` (`CandidateVectors.index_key`).
+    """
+    if config.evaluation.search == "exact":
+        store, ids = CandidateVectors(config, benchmark), benchmark.ids(pool)
+        index = ExactIndex(store.of(ids), ids, store.index_key)
+    else:
+        index = SearchIndex.load(index_folder(config, benchmark, pool))
+    if key not in (None, index.about["key"]):
+        raise artifacts.MissingStageError(
+            f"what {pool} is searched with is of another checkpoint or release: run launch/embed.py and build_index.py"
+        )
+    return index
+
+
 def build_indexes(config: Config, benchmark: Benchmark) -> int:
-    """Indexes all pools whose vectors are new; returns how many. Raises MissingStageError without vectors."""
+    """Indexes all pools whose vectors are new; returns how many. Raises MissingStageError without vectors.
+
+    Of several processes each builds its share, and waits for the others.
+    """
     store, built = CandidateVectors(config, benchmark), 0
-    for pool in tqdm(benchmark.all_pools, desc="indexing", unit="pool", dynamic_ncols=True):
+    for pool in tqdm(sharding.dealt(benchmark.all_pools), desc="indexing", unit="pool", dynamic_ncols=True):
         ids = benchmark.ids(pool)
         folder = index_folder(config, benchmark, pool)
         about = artifacts.read_json(folder / artifacts.MARK) or {}
-        made_of = about.get("key"), about.get("dids"), "searchers" in about
-        if store.key is not None and made_of == (store.key, _digest(ids), True):
-            continue
-        vectors = store.read(store.candidates.rows(ids))
-        SearchIndex.build(vectors, ids, key=store.key or "").save(folder)
-        built += 1
+        if (about.get("key"), about.get("dids")) != (store.index_key, _digest(ids)):
+            write_index(folder, store.of(ids), ids, key=store.index_key)
+            built += 1
+    multihost_utils.sync_global_devices("indexed")
     return built
 
 
@@ -308,15 +358,11 @@ def export_vertex(config: Config, benchmark: Benchmark, pool: str, folder: epath
     `folder`, local or gs://, gets JSON Lines files, a candidate a line: its did as "id" and its vector as "embedding".
     Raises MissingStageError without vectors.
     """
-    store, ids = CandidateVectors(config, benchmark), benchmark.ids(pool)
+    ids = benchmark.ids(pool)
+    vectors = CandidateVectors(config, benchmark).of(ids)
     for number, first in enumerate(range(0, len(ids), EXPORTED)):
-        some = ids[first : first + EXPORTED]
-        vectors = store.read(store.candidates.rows(some)).tolist()
-        pairs = zip(some.tolist(), vectors, strict=True)
+        part = slice(first, first + EXPORTED)
+        pairs = zip(ids[part].tolist(), vectors[part].tolist(), strict=True)
         lines = [json.dumps({"id": did_of(did), "embedding": vector}) + "\n" for did, vector in pairs]
         artifacts.write_bytes(folder / f"part_{number:05d}.json", "".join(lines).encode())
     return len(ids)
-
-
-def _digest(ids: np.ndarray) -> str:
-    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]

@@ -1,98 +1,175 @@
 """The candidates' vectors on disk: made once for each did, in shards that survive a kill.
 
-`<run_dir>/embeddings/<release>/00012.npy` holds rows 12*512 ... of `Benchmark.candidates`, [<=512, D]
-float32. The mark of the folder names the checkpoint and the candidates; under another mark everything is
-made anew.
+`<run_dir>/embeddings/<release>/<key>/00012.npy` holds rows 12*512 ... of `Benchmark.candidates`: [<=512, D], the bits
+of bfloat16 as uint16, for npy knows no bfloat16. 00012.npy.sha256 is its SHA-256, as `sha256sum --check` reads it. The
+key names the checkpoint and the records, so that vectors of another one lie beside these, and stay.
+`<run_dir>/embeddings/<release>/about.json` says which key was embedded last.
 """
 
+import dataclasses
 import hashlib
 import io
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from trace_jax import sharding
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, did_of
-from trace_jax.retrieval.embedder import Retriever
+from trace_jax.retrieval.embedder import Retriever, cut_key, cut_vectors
 
 SHARD = 512  # candidates of a file, and what is decoded at once
 SAMPLE = 256  # candidates looked at to choose the static shapes
 
 
 class CandidateVectors:
-    """The folder of a run's candidate vectors."""
+    """The vectors of all candidates of a release, in all D features on disk, cut to d where they are read."""
 
-    def __init__(self, config: Config, benchmark: Benchmark) -> None:
-        self.folder = epath.Path(config.run_dir) / "embeddings" / benchmark.name
+    def __init__(self, config: Config, benchmark: Benchmark, whole_key: str | None = None) -> None:
+        """Those of a retriever of this `whole_key`, or those that were embedded last.
+
+        Raises MissingStageError when nothing was, or other records than the release's now.
+        """
+        root = epath.Path(config.run_dir) / "embeddings" / benchmark.name
+        self._mark = root / artifacts.MARK
+        self.dimensions = config.evaluation.dimensions
         self.candidates = benchmark.candidates
         self.shards = -(-len(self.candidates) // SHARD)
-        self._digest = hashlib.sha256(self.candidates.ids.tobytes()).hexdigest()[:16]
-
-    def mark(self, key: str | None) -> dict[str, object]:
-        """What the folder says of itself when a retriever of this key wrote it."""
-        return {"key": key, "candidates": len(self.candidates), "dids": self._digest}
+        about = artifacts.read_json(self._mark) or {}
+        if whole_key is not None:
+            self.key = artifacts.key_of(whole_key, benchmark.fingerprint)
+        elif about.get("records") == benchmark.fingerprint:
+            self.key = str(about["key"])
+        else:
+            raise artifacts.MissingStageError(
+                f"the candidates in {root} are not embedded, or the release was another one then:"
+                " run `make quickstart` (or launch/embed.py) first"
+            )
+        self._about = {"key": self.key, "records": benchmark.fingerprint, "candidates": len(self.candidates)}
+        self.folder = root / self.key
 
     @property
-    def key(self) -> str | None:
-        """The key of the retriever that made these; None when there are none, or of other candidates."""
-        key = (artifacts.read_json(self.folder / artifacts.MARK) or {}).get("key")
-        return key if artifacts.read_json(self.folder / artifacts.MARK) == self.mark(key) else None
+    def index_key(self) -> str:
+        """Names the vectors as `read` gives them: what is made of them is stored under it."""
+        return cut_key(self.key, self.dimensions)
 
-    def missing(self) -> list[int]:
-        """The shards that are not there yet."""
-        there = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        return [shard for shard in range(self.shards) if self._path(shard).name not in there]
+    def mark(self) -> None:
+        """Notes down that these are the vectors that were embedded last."""
+        if artifacts.read_json(self._mark) != self._about:
+            artifacts.write_json(self._mark, self._about)
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard is there as it was written."""
+        try:
+            self._load(shard)
+        except artifacts.MissingStageError:
+            return False
+        return True
+
+    def write(self, shard: int, vectors: np.ndarray) -> None:
+        """Writes one shard [<=512, D] float32, then its checksum; each is whole or absent."""
+        buffer = io.BytesIO()
+        np.save(buffer, vectors.astype(jnp.bfloat16).view(np.uint16))
+        path = self._path(shard)
+        artifacts.write_bytes(path, buffer.getvalue())
+        artifacts.write_bytes(_checksum(path), _line(path, buffer.getvalue()))
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors of ascending rows: [n, d] float32, of unit length. One shard is in memory beside the result.
+
+        Raises MissingStageError when one is missing or damaged, naming it.
+        """
+        bounds = np.searchsorted(rows, np.arange(self.shards + 1) * SHARD)
+        vectors = np.zeros((len(rows), 0), np.float32)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            first, last = bounds[shard : shard + 2]
+            whole = self._load(shard)[rows[first:last] - shard * SHARD].astype(np.float32)
+            width = self.dimensions or whole.shape[1]
+            if not vectors.size:
+                vectors = np.empty((len(rows), width), np.float32)
+            vectors[first:last] = cut_vectors(whole, width)
+        return vectors
+
+    def of(self, ids: np.ndarray) -> "Vectors":
+        """The vectors of ascending dids [n] int64, all of which must be there."""
+        return Vectors(self, self.candidates.rows(ids))
 
     def _path(self, shard: int) -> epath.Path:
         return self.folder / f"{shard:05d}.npy"
 
-    def write(self, shard: int, vectors: np.ndarray) -> None:
-        """Writes one shard, whole or not at all."""
-        buffer = io.BytesIO()
-        np.save(buffer, vectors)
-        artifacts.write_bytes(self._path(shard), buffer.getvalue())
-
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """The vectors of ascending rows: [n, D] float32. One shard is in memory beside the result.
-
-        Raises MissingStageError when shards are missing.
-        """
-        if self.key is None or self.missing():
+    def _load(self, shard: int) -> np.ndarray:
+        """A shard: [<=512, D] bfloat16."""
+        path = self._path(shard)
+        try:
+            data = path.read_bytes()
+            whole = _checksum(path).read_bytes() == _line(path, data)
+        except FileNotFoundError:
+            whole, data = False, b""
+        if not whole:
             raise artifacts.MissingStageError(
-                f"the candidates in {self.folder} are not all embedded: run `make quickstart` first"
+                f"the candidates are not all embedded: {path} is {'damaged' if data else 'missing'};"
+                " run launch/embed.py, which makes what is not there"
             )
-        parts = []
-        bounds = np.searchsorted(rows, np.arange(self.shards + 1) * SHARD)
-        for shard in np.flatnonzero(np.diff(bounds)):
-            vectors = np.load(io.BytesIO(self._path(int(shard)).read_bytes()))
-            parts.append(vectors[rows[bounds[shard] : bounds[shard + 1]] - shard * SHARD])
-        return np.concatenate(parts)
+        return np.load(io.BytesIO(data)).view(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vectors:
+    """Vectors that are read where they are sliced: n of them, d features."""
+
+    store: CandidateVectors
+    rows: np.ndarray  # [n] int64, ascending
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Some of them: [m, d] float32."""
+        return self.store.read(self.rows[part])
+
+
+def _checksum(path: epath.Path) -> epath.Path:
+    return path.parent / f"{path.name}.sha256"
+
+
+def _line(path: epath.Path, data: bytes) -> bytes:
+    return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
 
 
 def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark) -> int:
-    """Embeds what is not embedded yet of all pools of a release; returns how many candidates that were.
+    """Embeds what is not embedded yet, or damaged, of all pools of a release; returns how many candidates that were.
 
-    The shapes are chosen from a sample of all candidates, so that a job that was stopped gives the same
-    vectors.
+    Of several processes each embeds its share of the shards with its own devices, and waits for the others. The shapes
+    are chosen from a sample of all candidates, so that a job that was stopped gives the same vectors.
     """
-    store = CandidateVectors(config, benchmark)
-    artifacts.open_folder(store.folder, store.mark(retriever.key))
-    missing, total = store.missing(), len(store.candidates)
-    if not missing:
-        return 0
-    rows = range(0, total, max(1, total // SAMPLE))
-    rooms = retriever.rooms_for([store.candidates.document(row) for row in rows])
-    done = total - sum(_size(shard, total) for shard in missing)
-    with tqdm(total=total, initial=done, desc="embedding", unit="candidate", dynamic_ncols=True) as bar:
+    store = CandidateVectors(config, benchmark, retriever.whole_key)
+    uncut = dataclasses.replace(retriever.config.evaluation, dimensions=None)
+    retriever = retriever.configured(dataclasses.replace(retriever.config, evaluation=uncut))
+    if jax.process_index() == 0:
+        store.mark()
+    total, mine = len(store.candidates), sharding.dealt(range(store.shards))
+    missing = [shard for shard in mine if not store.is_whole(shard)]
+    embedded = sum(_size(shard, total) for shard in missing)
+    sample = range(0, total, max(1, total // SAMPLE)) if missing else ()
+    rooms = retriever.rooms_for([store.candidates.document(row) for row in sample])
+    share = sum(_size(shard, total) for shard in mine)
+    quiet = not missing or jax.process_index() > 0
+    with tqdm(
+        total=share, initial=share - embedded, desc="embedding", unit="candidate", dynamic_ncols=True, disable=quiet
+    ) as bar:
         for shard in missing:
             rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
             documents = [store.candidates.document(row) for row in rows]
             names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
             store.write(shard, retriever.encode_document(documents, names=names, rooms=rooms).embeddings)
             bar.update(len(documents))
-    return total - done
+    multihost_utils.sync_global_devices("embedded")
+    return embedded
 
 
 def _size(shard: int, total: int) -> int:

@@ -20,7 +20,8 @@ from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark, did_of
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import Mode
-from trace_jax.retrieval.index import SearchIndex, index_folder
+from trace_jax.retrieval.index import open_index
+from trace_jax.retrieval.pools import CandidateVectors
 
 DEFAULT_TASK = {(True, False): "t2i", (False, True): "i2i", (True, True): "it2i"}  # by (has text, has image)
 
@@ -88,14 +89,13 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
     """
     benchmark = Benchmark(config)
     chosen, task_id = choose_pool(benchmark, pool, query)
-    folder = index_folder(config, benchmark, chosen)
-    index = SearchIndex.load(folder)  # before the model, which takes longer to say that nothing is there
+    index = open_index(config, benchmark, chosen)  # before the model, which takes longer to say that nothing is there
     if not query.instruction:
         query = dataclasses.replace(query, instruction=_instruction(benchmark, task_id, query))
     retriever = Retriever.load(config)
-    if index.about["key"] != retriever.key:
+    if index.about["key"] != CandidateVectors(config, benchmark, retriever.whole_key).index_key:
         raise artifacts.MissingStageError(
-            f"the index in {folder} is of another checkpoint: run launch/embed.py and build_index.py"
+            f"the index of {chosen} is of another checkpoint or release: run launch/embed.py and build_index.py"
         )
     results = retriever.encode_query([query], mode, cut=False)
     rows, scores = index.search(results.embeddings, top)
