@@ -112,3 +112,32 @@ def test_shapes():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.read("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x={}", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ],
+)
+def test_groups_are_read_in_every_form(text, expected):
+    line = f"  %c = f32[8]{{0}} all-reduce(%x), channel_id=1, {text}"
+    instruction = hlo._instruction(line)
+    assert instruction is not None and hlo.groups(instruction).tolist() == expected
+
+
+def test_what_leaves_a_slice_is_told_apart():
+    """Two slices of four: the gather in the loop and the all-reduce cross, the gather in a fusion and permutes do not."""
+    one = {each.kind: each for each in hlo.read(TEXT).collectives}
+    two = {each.kind: each for each in hlo.read(TEXT, slice_devices=4).collectives}
+    assert all(each.crossed == 0 for each in one.values())
+    for kind, each in two.items():
+        assert each.sent + each.crossed == one[kind].sent
+        assert each.exposed + each.crossed_exposed == one[kind].exposed
+    assert two["all-gather"].crossed == two["all-gather"].crossed_exposed == 28 * 1024 * 1 / 8
+    assert two["all-reduce"].crossed == 28 * 2 * 16 * 1 / 8  # summed up by four first: a quarter each, both ways
+    assert two["collective-permute"].crossed == 0

@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # the others' names end in theirs
@@ -39,9 +41,11 @@ class Collective:
 
     kind: str
     count: int  # runs
-    sent: float  # bytes that leave a device over the interconnect, ring algorithms assumed
+    sent: float  # bytes that leave a device over the interconnect of its slice, ring algorithms assumed
     result: float  # bytes of the results
     exposed: float  # of `sent`: by instructions that nothing runs beside
+    crossed: float = 0.0  # bytes that leave it for another slice
+    crossed_exposed: float = 0.0  # of `crossed`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +58,12 @@ class Summary:
     unknown_loops: int  # loops whose trip count is not in the text, counted as one trip
 
 
-def read(text: str) -> Summary:
-    """Sums up an HLO module. Raises ValueError when the text has no ENTRY computation."""
-    return _Module(text).summary()
+def read(text: str, slice_devices: int = 0) -> Summary:
+    """Sums up an HLO module. Raises ValueError when the text has no ENTRY computation.
+
+    With several slices, so many neighbouring devices are a slice each.
+    """
+    return _Module(text).summary(slice_devices)
 
 
 def bytes_of(shape: str, *, hbm_only: bool = False) -> float:
@@ -141,9 +148,9 @@ class _Module:
             elif instruction.opcode == "call" and (callee := instruction.attribute("to_apply")):
                 yield from self.runs(callee, times)
 
-    def summary(self) -> Summary:
+    def summary(self, slice_devices: int) -> Summary:
         """Walks all that runs."""
-        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
+        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0, 0.0, 0.0])
         traffic = cycles = 0.0
         for name, times in self.runs(self.entry):
             for instruction in self.computations[name].values():
@@ -152,8 +159,9 @@ class _Module:
                     cycles += times * int(match[1])
                 for collective, exposed in self.collectives(instruction):
                     kind = collective.opcode.removesuffix("-start")
-                    sent = sent_bytes(collective)
-                    parts = (1, sent, result_bytes(collective), sent * exposed)
+                    crossed = crossed_bytes(collective, slice_devices) if slice_devices else 0.0
+                    sent = sent_bytes(collective) - crossed
+                    parts = (1, sent, result_bytes(collective), sent * exposed, crossed, crossed * exposed)
                     found[kind] = [old + times * new for old, new in zip(found[kind], parts, strict=True)]
         rows = (Collective(kind, int(parts[0]), *parts[1:]) for kind, parts in sorted(found.items()))
         return Summary(tuple(rows), traffic, cycles, self.unknown_loops)
@@ -206,22 +214,44 @@ def result_bytes(collective: Instruction) -> float:
     return max(bytes_of(leaf) for leaf in leaves)
 
 
-def group_size(collective: Instruction) -> int:
-    """How many devices take part in one group: of the lists, the iota form or the mesh form of replica_groups."""
+def groups(collective: Instruction) -> np.ndarray:
+    """Who takes part together: [groups, devices] int, of the lists, the iota form or the mesh form of replica_groups.
+
+    The pairs of a permute, sender and receiver.
+    """
     text = collective.attributes
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(match[1])
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+        return np.array([list(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sizes = list(map(int, match[3].split(",")))
+        order = list(map(int, match[4].split(","))) if match[4] else range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(int(match[1]), int(match[2]))
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return 2  # a permute
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        within = re.findall(r"'(\w+)'", match[2])
+        order = [list(sizes).index(axis) for axis in (*(axis for axis in sizes if axis not in within), *within)]
+        devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values()).transpose(order)
+        return devices.reshape(-1, math.prod(sizes[axis] for axis in within))
+    raise ValueError(f"{collective.name}: no groups of devices in {text[:200]!r}")
 
 
 def sent_bytes(collective: Instruction) -> float:
     """Bytes that leave each device, by the ring algorithms."""
-    kind, result, size = collective.opcode.removesuffix("-start"), result_bytes(collective), group_size(collective)
+    return _sent(collective, groups(collective).shape[1])
+
+
+def crossed_bytes(collective: Instruction, slice_devices: int) -> float:
+    """Of `sent_bytes`, those for another slice: each slice sums up, or collects, its own part first."""
+    members = groups(collective)
+    slices = max(len(set(group)) for group in (members // slice_devices).tolist())
+    if slices == 1:
+        return 0.0
+    share = 1.0 if collective.opcode.startswith(("reduce-scatter", "collective-permute")) else slices / members.shape[1]
+    return _sent(collective, slices) * share
+
+
+def _sent(collective: Instruction, size: int) -> float:
+    kind, result = collective.opcode.removesuffix("-start"), result_bytes(collective)
     if kind == "collective-permute":
         return result
     factor = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1}

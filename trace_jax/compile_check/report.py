@@ -19,7 +19,8 @@ ASSUMPTIONS = (
     "compute: hardware FLOPs at the chip's published bfloat16 peak; blocks that causal attention skips do not count",
     "HBM: bytes of the operands and results of every kernel, as laid out by the compiler, at the published bandwidth",
     "interconnect: bytes that ring algorithms send, at the published sum of a chip's links, all of them busy",
-    "a bound is the largest of the three, as if they overlapped fully: no step can be faster; none was measured",
+    "network between slices: a pod's published bandwidth, dealt to its chips; each slice sums up its own part first",
+    "a bound is the largest of these, as if they overlapped fully: no step can be faster; none was measured",
     "exposed: a model; collectives that the schedule starts on their own are exposed, all others hidden",
     "compiler's estimate: its cycles of each fusion, at the clock of chips.py; kernels and collectives have none",
 )
@@ -47,14 +48,16 @@ class Report:
     compute_seconds: float = 0.0
     hbm_seconds: float | None = None
     interconnect_seconds: float | None = None
+    network_seconds: float | None = None  # between slices
     exposed_seconds: float | None = None
     compiler_seconds: float | None = None
     note: str = ""
 
     @property
     def bound_seconds(self) -> float:
-        """The roofline: the slowest of compute, HBM and interconnect."""
-        return max(self.compute_seconds, self.hbm_seconds or 0.0, self.interconnect_seconds or 0.0)
+        """The roofline: the slowest of compute, HBM, interconnect and network."""
+        others = (self.hbm_seconds, self.interconnect_seconds, self.network_seconds)
+        return max(self.compute_seconds, *(seconds or 0.0 for seconds in others))
 
     @property
     def waste(self) -> float:
@@ -112,16 +115,25 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip, confi
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(report, note=f"the compiler could not print its program: {str(error)[:100]}")
-    summary = hlo.read(text)
-    loops = f"{summary.unknown_loops} loop(s) of unknown length counted once" if summary.unknown_loops else ""
+    slices = mesh.shape["slice"]
+    summary = hlo.read(text, mesh.size // slices if slices > 1 else 0)
+    crossed, crossed_exposed = (
+        sum(getattr(each, name) for each in summary.collectives) for name in ("crossed", "crossed_exposed")
+    )
+    notes = [f"{summary.unknown_loops} loop(s) of unknown length counted once"] if summary.unknown_loops else []
+    if slices > 1 and chip.network is None:
+        notes += [f"{crossed / GIB:.3f} GiB to other slices are in no bound: no bandwidth is published for {chip.name}"]
+    between = chip.network or math.inf
     return dataclasses.replace(
         report,
-        note=loops,
+        note="; ".join(notes),
         collectives=summary.collectives,
         hbm_bytes=summary.hbm_bytes,
         hbm_seconds=summary.hbm_bytes / chip.hbm_bandwidth,
         interconnect_seconds=sum(each.sent for each in summary.collectives) / chip.interconnect,
-        exposed_seconds=sum(each.exposed for each in summary.collectives) / chip.interconnect,
+        network_seconds=crossed / between if slices > 1 and chip.network else None,
+        exposed_seconds=sum(each.exposed for each in summary.collectives) / chip.interconnect
+        + crossed_exposed / between,
         compiler_seconds=summary.cycles / chip.clock,
     )
 
@@ -175,7 +187,11 @@ def describe(report: Report, chip: Chip, devices: int) -> str:
         ideal = f", {report.hbm_bytes / report.least_bytes:.2f} x weights and cache" if report.least_bytes else ""
         traffic = f"{_milliseconds(report.hbm_seconds)} for {report.hbm_bytes / GIB:.2f} GiB{ideal}"
         rows += [("bound by HBM", traffic), ("bound by interconnect", _milliseconds(report.interconnect_seconds))]
-    rows += [(f"  {each.kind}", f"{each.count} runs, {each.sent / GIB:.3f} GiB sent") for each in report.collectives]
+    if report.network_seconds is not None:
+        rows += [("bound by the network", _milliseconds(report.network_seconds))]
+    for each in report.collectives:
+        crossed = f", {each.crossed / GIB:.3f} GiB to other slices" if each.crossed else ""
+        rows += [(f"  {each.kind}", f"{each.count} runs, {each.sent / GIB:.3f} GiB sent{crossed}")]
     if report.exposed_seconds is not None:
         bound = report.bound_seconds
         mfu = report.model_flops / chip.bf16_flops / bound
