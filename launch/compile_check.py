@@ -32,9 +32,7 @@ if __name__ == "__main__":
     with program.clear_errors(ValueError, chips.CompilerMissingError):
         chip, devices = chips.find_topology(options.topology, options.slices)
         reports = []
-        compiling = report.check(
-            chosen, options.topology, slices=options.slices, kinds=options.programs.split(",")
-        )
+        compiling = report.check(chosen, options.topology, slices=options.slices, kinds=options.programs.split(","))
         for each in compiling:  # said at once: what comes later may fail
             print(report.describe(each, chip, len(devices)), flush=True)
             reports.append(each)

@@ -2,8 +2,8 @@
 
 Sources. FLOP/s, HBM bandwidth and interconnect: the system architecture pages of Cloud TPU (v4, v5e, v5p, v6e, tpu7x),
 as published for a chip; the interconnect figure is the sum over a chip's links, one way. The network between slices:
-the pages of v5e and v6e name 6.4 and 25.6 Tbit/s for a pod, which has 256 chips; those of the others name none. HBM that a program may use:
-what the compiler of libtpu 0.0.42.1 names in its out-of-memory errors.
+the pages of v5e and v6e name 6.4 and 25.6 Tbit/s for a pod, which has 256 chips; those of the others name none. HBM
+that a program may use: what the compiler of libtpu 0.0.42.1 names in its out-of-memory errors.
 """
 
 import dataclasses

@@ -165,6 +165,8 @@ def test_a_report_is_yielded_before_the_next_program_is_made(monkeypatch):
     with pytest.raises(ValueError, match="evaluation.batch_size 7 cannot be dealt"):
         next(found)
     kinds = list(report.check(CONFIG, "v5e:2x2", kinds=("embed", "decode", "prefill")))
-    assert kinds == [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")] + ["decode"]
+    assert kinds == [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")] + [
+        "decode"
+    ]
     with pytest.raises(ValueError, match="no programs serve; there are train, prefill, decode, embed"):
         next(report.check(CONFIG, "v5e:2x2", kinds=("serve",)))

@@ -13,7 +13,7 @@ from trace_jax.benchmarks.measuring import interleaved, report
 from trace_jax.config import load_config
 from trace_jax.data.lengths import assumed_batches
 from trace_jax.data.pipeline import MEASURED_BATCHES, deal, measure_capacity
-from trace_jax.data.processor import Geometry, Patches, first_fit, fit_size, open_image, pack, patchify
+from trace_jax.data.processor import Geometry, first_fit, fit_size, open_image, pack, patchify
 from trace_jax.data.processor import Sequence as Tokens
 
 

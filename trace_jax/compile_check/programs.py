@@ -29,6 +29,8 @@ from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import TrainState, make_train_step, split_model, state_shardings
 
 ASSETS = ROOT / "trace_jax" / "assets"
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A jitted function with the shapes (and shardings) that it is called with."""
@@ -42,7 +44,7 @@ class Program:
     shapes: str  # for people
     model_flops: float  # what the architecture needs, over all devices
     items: int = 0  # pairs, queries or documents that one run reads, or tokens that it writes; over all devices
-    read: Any = ()  # what a run must read from HBM once, where that is what bounds it
+    read: Any = ()  # what a trip of its loop of unknown length must read from HBM, where it has one
 
     def trace(self, mesh: jax.sharding.Mesh) -> Any:
         """Traces under the mesh; `.lower().compile()` goes on from there."""
@@ -257,9 +259,9 @@ def generation_programs(
             mesh,
         )
         least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-        needed = forward_flops(
-            architecture, tokens=options.batch_size, seen=longest + decoding.max_new_tokens / 2, heads=options.batch_size
-        )
+        seen = longest + decoding.max_new_tokens / 2
+        needed = forward_flops(architecture, tokens=options.batch_size, seen=seen, heads=options.batch_size)
+        head = model.language.embed_tokens if model.lm_head is None else model.lm_head
         yield Program(
             "decode",
             generation._decode.jitted,
@@ -270,7 +272,7 @@ def generation_programs(
             f"{options.batch_size} rows, caches of {slots.seen.shape[1]} slots",
             needed,
             items=options.batch_size,
-            read=(model.language.layers, model.language.embed_tokens if model.lm_head is None else model.lm_head, slots.cache),
+            read=(model.language.layers, head, slots.cache),
         )
 
 

@@ -42,7 +42,7 @@ class Report:
     model_flops: float
     hardware_flops: float
     items: int  # pairs, queries or documents that a run reads, or tokens that it writes, over all devices
-    least_bytes: float  # weights and cache that a run must read, where these are what bounds it; else 0
+    least_bytes: float  # of weights and cache that a step of decoding must read; 0 for other programs
     collectives: tuple[hlo.Collective, ...] = ()
     hbm_bytes: float | None = None
     compute_seconds: float = 0.0
@@ -123,13 +123,16 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip, confi
     notes = [f"{summary.unknown_loops} loop(s) of unknown length counted once"] if summary.unknown_loops else []
     if slices > 1 and chip.network is None:
         notes += [f"{crossed / GIB:.3f} GiB to other slices are in no bound: no bandwidth is published for {chip.name}"]
+    moved = summary.looped_bytes if program.read else summary.hbm_bytes
+    if moved < summary.hbm_bytes:
+        notes += [f"HBM: of one trip; before and after the loop {(summary.hbm_bytes - moved) / GIB:.2f} GiB more"]
     between = chip.network or math.inf
     return dataclasses.replace(
         report,
         note="; ".join(notes),
         collectives=summary.collectives,
-        hbm_bytes=summary.hbm_bytes,
-        hbm_seconds=summary.hbm_bytes / chip.hbm_bandwidth,
+        hbm_bytes=moved,
+        hbm_seconds=moved / chip.hbm_bandwidth,
         interconnect_seconds=sum(each.sent for each in summary.collectives) / chip.interconnect,
         network_seconds=crossed / between if slices > 1 and chip.network else None,
         exposed_seconds=sum(each.exposed for each in summary.collectives) / chip.interconnect

@@ -22,9 +22,7 @@ ARTICLES = ("t2t", "t2it", "it2t", "it2it")  # the tasks whose documents are lon
 def assumed_batches(data: config.Data, geometry: Geometry, batches: int, seed: int = 0) -> list[list[Tokenized]]:
     """Batches of data.batch_size pairs whose tokens and patches have lengths, but no values."""
     rng, tasks = np.random.default_rng(seed), list(TASKS.values())
-    return [
-        [_pair(tasks[i % len(tasks)], data, geometry, rng) for i in range(data.batch_size)] for _ in range(batches)
-    ]
+    return [[_pair(tasks[i % len(tasks)], data, geometry, rng) for i in range(data.batch_size)] for _ in range(batches)]
 
 
 def _pair(task: str, data: config.Data, geometry: Geometry, rng: np.random.Generator) -> Tokenized:
