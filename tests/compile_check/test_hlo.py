@@ -131,7 +131,7 @@ ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: 
   %n = bf16[1,32]{1,0:S(1)} parameter(3)
   %i = s32[]{:S(6)} parameter(4)
   %ahead = (bf16[8,32]{1,0:S(1)}, bf16[8,32]{1,0}, u32[]{:S(2)}) copy-start(%k)
-  %part = ((bf16[28,64,32]{2,1,0}), bf16[1,64,32]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1], [0:64], [0:32]}
+  %part = ((bf16[28,64,32]{2,1,0}), bf16[1,64,32]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1]}
   %z = bf16[4,32]{1,0:S(1)} fusion(%a, %w), kind=kOutput, calls=%product
   ROOT %s = f32[8]{0:S(1)} fusion(%k, %n, %i), kind=kLoop, calls=%scores
 }
