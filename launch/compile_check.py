@@ -1,7 +1,8 @@
 """Compiles a configuration for TPUs, without any: `python launch/compile_check.py CONFIG --topology v5p:2x2x4`.
 
-Reports, for the training step, the prefill and the decoding (`--programs train,prefill,decode`): whether they fit,
-FLOPs, collectives, and a roofline. `--json FILE` writes the same as JSON; `--slices N` compiles for N such slices.
+Reports, for the training step, the prefill, the decoding and the embedding of documents (`--programs
+train,prefill,decode,embed`): whether they fit, FLOPs, collectives, and a roofline. `--json FILE` writes the same as
+JSON; `--slices N` compiles for N such slices.
 Overrides are those of launch/train.py. Needs `pip install -r requirements-tpu.txt`.
 """
 
@@ -30,8 +31,12 @@ if __name__ == "__main__":
     chosen = config.load_config(options.config, overrides)
     with program.clear_errors(ValueError, chips.CompilerMissingError):
         chip, devices = chips.find_topology(options.topology, options.slices)
-        reports = report.check(chosen, options.topology, slices=options.slices, kinds=options.programs.split(","))
-    print(report.table(reports, chip, len(devices)))
-    if options.json:
-        options.json.write_text(json.dumps(report.to_json(reports, options.topology), indent=2) + "\n")
+        reports = []
+        compiling = report.check(chosen, options.topology, slices=options.slices, kinds=options.programs.split(","))
+        for each in compiling:  # said at once: what comes later may fail
+            print(report.describe(each, chip, len(devices)), flush=True)
+            reports.append(each)
+            if options.json:
+                options.json.write_text(json.dumps(report.to_json(reports, options.topology), indent=2) + "\n")
+    print("\nAssumptions", *(f"- {line}" for line in report.ASSUMPTIONS), sep="\n")
     sys.exit(0 if all(each.fits for each in reports) else 1)

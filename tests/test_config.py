@@ -43,3 +43,9 @@ def test_configs_are_frozen_and_plain_json():
         config.name = "other"
     assert to_json(config)["model"]["lora"]["rank"] == config.model.lora.rank
     assert Config(name="x").run_dir == "runs/x"
+
+
+def test_data_in_a_bucket_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        load_config("emoji_tiny", ["--data.root", "gs://bucket/data"])
+    assert "mount the bucket" in " ".join(capsys.readouterr().err.split())

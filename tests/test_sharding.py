@@ -1,4 +1,6 @@
+import dataclasses
 import functools
+import itertools
 import re
 import types
 
@@ -107,6 +109,44 @@ def test_slices_split_the_batch_and_keep_parameters_whole():
     assert sharding.data_shards(mesh) == 4
     assert [device.id for device in mesh.devices[0].flat] == [0, 1, 2, 3]
     assert not any("slice" in spec for _, spec in sharding.RULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh asks of a TPU device."""
+
+    id: int
+    coords: tuple[int, int, int]
+    slice_index: int
+    device_kind: str
+    core_on_chip: int = 0
+    platform: str = "tpu"
+
+    @property
+    def process_index(self) -> int:
+        """A host has four."""
+        return self.id // 4
+
+
+def torus(kind: str, *sizes: int, slices: int = 1) -> list[Chip]:
+    places = itertools.product(range(slices), *map(range, sizes))
+    return [Chip(number, (x, y, z), of, kind) for number, (of, z, y, x) in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("TPU v6 lite", (1, 8, 8)), ("TPU v5 lite", (1, 8, 8)), ("TPU v5", (4, 4, 4))]
+)
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_part_of_a_physical_axis_is_an_axis_too(kind, sizes, slices, tensor):
+    """Tensor 4 on a v6e of 8x8, tensor 2 on a v5p of 4x4x4; those who share a product are neighbours."""
+    mesh = sharding.make_mesh(Mesh(slice=slices, data=-1, tensor=tensor), torus(kind, *sizes, slices=slices))
+    assert dict(mesh.shape) == {"slice": slices, "data": 64 // tensor, "fsdp": 1, "tensor": tensor}
+    for group in mesh.devices.reshape(-1, tensor):
+        assert len({chip.slice_index for chip in group}) == 1
+        steps = [np.abs(np.subtract(a.coords, b.coords)).sum() for a, b in itertools.pairwise(group)]
+        assert steps == [1] * (tensor - 1), [chip.coords for chip in group]
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{of} for of in range(slices)]
 
 
 def test_devices_of_several_slices_are_told_apart():

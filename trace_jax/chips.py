@@ -1,8 +1,9 @@
 """Published peaks of TPU chips, and topologies to compile for.
 
 Sources. FLOP/s, HBM bandwidth and interconnect: the system architecture pages of Cloud TPU (v4, v5e, v5p, v6e, tpu7x),
-as published for a chip; the interconnect figure is the sum over a chip's links, one way. HBM that a program may use:
-what the compiler of libtpu 0.0.42.1 names in its out-of-memory errors.
+as published for a chip; the interconnect figure is the sum over a chip's links, one way. The network between slices:
+the pages of v5e and v6e name 6.4 and 25.6 Tbit/s for a pod, which has 256 chips; those of the others name none. HBM
+that a program may use: what the compiler of libtpu 0.0.42.1 names in its out-of-memory errors.
 """
 
 import dataclasses
@@ -24,13 +25,14 @@ class Chip:
     interconnect: float  # bytes/s out of a device, over all its links
     clock: float  # Hz, with which the compiler's cycles become seconds
     kind: str  # what JAX calls such a device
+    network: float | None = None  # bytes/s out of a device to other slices; None: not published
 
 
 CHIPS = {
     "v4": Chip("v4", 275e12, 1.228e12, 30.75 * GIB, 300e9, 1.05e9, "TPU v4"),
-    "v5e": Chip("v5e", 197e12, 0.819e12, 15.75 * GIB, 200e9, 1.5e9, "TPU v5 lite"),
+    "v5e": Chip("v5e", 197e12, 0.819e12, 15.75 * GIB, 200e9, 1.5e9, "TPU v5 lite", 3.125e9),
     "v5p": Chip("v5p", 459e12, 2.765e12, 95.74 * GIB, 600e9, 1.75e9, "TPU v5"),
-    "v6e": Chip("v6e", 918e12, 1.640e12, 31.25 * GIB, 448e9, 1.75e9, "TPU v6 lite"),
+    "v6e": Chip("v6e", 918e12, 1.640e12, 31.25 * GIB, 448e9, 1.75e9, "TPU v6 lite", 12.5e9),
     "tpu7x": Chip("tpu7x", 1153.5e12, 3.69e12, 94.75 * GIB, 600e9, 2.2e9, "TPU7x"),
 }
 

@@ -74,6 +74,8 @@ class Data:
     max_pixels: int = 300 * 28 * 28
 
     def __post_init__(self) -> None:
+        if "://" in self.root:
+            raise ValueError(f"data.root {self.root}: records are read from a disk; mount the bucket (docs/tpu.md)")
         # An override is read as the default's type: a weight that a config writes as 2 may become 2.5.
         object.__setattr__(self, "weights", {name: float(share) for name, share in self.weights.items()})
 

@@ -86,9 +86,12 @@ def make_mesh(axes: config.Mesh, devices: Sequence[Any] | None = None) -> jax.sh
     if len(slices) > 1:
         if len(slices) != shape[0]:
             raise ValueError(f"the devices are of {len(slices)} slices; set --mesh.slice {len(slices)}")
-        arranged = mesh_utils.create_hybrid_device_mesh([1, *shape[1:]], [shape[0], 1, 1, 1], devices)
-        return jax.sharding.Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            [1, *shape[1:]], [shape[0], 1, 1, 1], devices, allow_split_physical_axes=True
+        )
+    else:  # an axis may be a part of a physical one: tensor 4 on a v6e of 8x8
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:

@@ -25,7 +25,7 @@ from trace_jax.model.attention import attention
 
 programs.read_architecture = lambda config: tiny.architecture()
 config = replaced(CONFIG, attention="splash", remat="full", dtype="bfloat16", param_dtype="bfloat16")
-reports = report.check(config, "v5e:2x2")
+reports = list(report.check(config, "v5e:2x2"))
 
 chip, devices = chips.find_topology("v5e:2x2")
 mesh = sharding.make_mesh(config.mesh, devices)
@@ -42,7 +42,7 @@ for backend in ("xla", "splash"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     peaks[backend] = compiled.memory_analysis().peak_memory_in_bytes
-print(report.table(reports, chip, 4))
+print(*(report.describe(each, chip, 4) for each in reports), sep="\n")
 print(json.dumps(report.to_json(reports, "v5e:2x2") | {"attention": peaks}))
 """
 
@@ -59,12 +59,15 @@ def compiled():
 @needs_compiler
 @pytest.mark.slow
 def test_the_programs_compile_and_fit(compiled):
-    assert [each["program"] for each in compiled["programs"]] == ["train step", "prefill", "decode"]
+    names = [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")]
+    assert [each["program"] for each in compiled["programs"]] == ["train step", *names, "decode"]
     for each in compiled["programs"]:
         assert each["fits"] and 0 < each["peak"] < chips.CHIPS["v5e"].hbm
         assert each["hbm_seconds"] > 0 and each["compute_seconds"] > 0
     assert compiled["programs"][0]["optimizer"] > 0
-    assert compiled["programs"][2]["note"].startswith("1 loop")  # the decoding ends when all rows have ended
+    decode = compiled["programs"][-1]
+    assert decode["note"].startswith("1 loop")  # the decoding ends when all rows have ended
+    assert decode["hbm_bytes"] > decode["least_bytes"] > 0
 
 
 @needs_compiler

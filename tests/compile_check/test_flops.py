@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 from tests import tiny
-from trace_jax import sharding
+from trace_jax import chips, sharding
 from trace_jax.compile_check import flops, programs, report
 from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, load_config
+from trace_jax.data.lengths import assumed_batches
+from trace_jax.data.processor import Geometry
 from trace_jax.model.attention import attention
 from trace_jax.model.flops import model_flops
 
@@ -21,10 +23,11 @@ CONFIG = Config(
         batch_size=16,
         row_length=256,
         rows=3,
-        patch_row_length=128,
+        patch_row_length=256,
         patch_rows=2,
         max_pixels=64 * 64,
-        max_text_tokens=64,
+        max_text_tokens=32,
+        max_trace_tokens=32,
     ),
     loss=Loss(vocabulary_chunk=64),
     mesh=Mesh(data=1, fsdp=2, tensor=2),
@@ -114,17 +117,26 @@ def test_a_step_does_little_more_than_the_model_needs(remat, most):
     assert 1.0 <= done / needed <= most
 
 
-def test_shapes_follow_the_configuration_or_the_average_pair():
+def test_shapes_are_the_configuration_s_or_measured_on_assumed_lengths():
     assert programs.capacity_of(CONFIG, tiny.architecture(), 2).rows == 3
     config = load_config("mbeir_qwen2_5_vl_7b")
     architecture = programs.read_architecture(config)
     capacity = programs.capacity_of(config, architecture, 16)
     assert capacity.pairs == 64
-    tokens = 64 * (programs.PAIR.text_tokens + programs.PAIR.images * 300)
-    assert tokens <= capacity.rows * 2048 <= 1.2 * tokens
+    batch = assumed_batches(config.data, Geometry(max_pixels=config.data.max_pixels), 1)[0]
+    tokens = sum(item.tokens for item in batch) / 16
+    assert tokens <= capacity.rows * config.data.row_length <= 1.1 * tokens
     assert capacity.targets % config.loss.vocabulary_chunk == 0
     with pytest.raises(ValueError, match="cannot be dealt to 3 shards"):
         programs.capacity_of(config, architecture, 3)
+
+
+def test_assumed_pictures_are_those_that_m_beir_ships():
+    data = load_config("mbeir_qwen2_5_vl_7b").data
+    sequences = [each for item in assumed_batches(data, Geometry(), 1)[0] for each in item.sequences]
+    tokens = [len(image.values) // 4 for sequence in sequences for image in sequence.images]
+    assert 81 <= min(tokens) < 85 and 155 < max(tokens) <= 162  # 256 pixels across, up to 512 along
+    assert max(map(len, sequences)) <= data.row_length
 
 
 def test_a_device_holds_its_part():
@@ -137,4 +149,24 @@ def test_a_device_holds_its_part():
 def test_an_out_of_memory_error_tells_how_much_was_needed():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.36G of 15.75G hbm. Exceeded by 4.61G."
     assert report.peak_of_error(message) == 20.36 * 2**30
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.01G)"
+    assert report.peak_of_error(f"{message} exceeds available HBM (15.75G).") == 20.01 * 2**30
     assert report.peak_of_error("INTERNAL: something else") is None
+
+
+def test_a_report_is_yielded_before_the_next_program_is_made(monkeypatch):
+    """What fails later does not take with it what was compiled before."""
+    monkeypatch.setattr(report, "find_topology", lambda *_: (chips.CHIPS["v5e"], jax.devices()[:4]))
+    monkeypatch.setattr(programs, "read_architecture", lambda _: tiny.architecture())
+    monkeypatch.setattr(report, "compile_program", lambda program, *_: program.name)
+    config = dataclasses.replace(CONFIG, evaluation=dataclasses.replace(CONFIG.evaluation, batch_size=7))
+    found = report.check(config, "v5e:2x2")
+    assert next(found) == "train step"
+    with pytest.raises(ValueError, match="evaluation.batch_size 7 cannot be dealt"):
+        next(found)
+    kinds = list(report.check(CONFIG, "v5e:2x2", kinds=("embed", "decode", "prefill")))
+    assert kinds == [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")] + [
+        "decode"
+    ]
+    with pytest.raises(ValueError, match="no programs serve; there are train, prefill, decode, embed"):
+        next(report.check(CONFIG, "v5e:2x2", kinds=("serve",)))

@@ -94,9 +94,62 @@ def test_traffic_counts_slices_and_leaves_out_what_is_on_the_chip():
     assert summary.unknown_loops == 0
 
 
+NESTED = """HloModule jit_step, is_scheduled=true
+
+%layer (p0: bf16[28,64,32]) -> bf16[64,32] {
+  %p0 = bf16[28,64,32]{2,1,0} parameter(0)
+  %one = bf16[1,64,32]{2,1,0} slice(%p0), slice={[3:4], [0:64], [0:32]}
+  ROOT %flat = bf16[64,32]{1,0} bitcast(%one)
+}
+
+%written (p1: bf16[8,32], p2: bf16[1,32], p3: s32[]) -> bf16[8,32] {
+  %p1 = bf16[8,32]{1,0} parameter(0)
+  %p2 = bf16[1,32]{1,0} parameter(1)
+  %p3 = s32[] parameter(2)
+  ROOT %put = bf16[8,32]{1,0} dynamic-update-slice(%p1, %p2, %p3, %p3)
+}
+
+%product (p4: bf16[4,64], p5: bf16[28,64,32]) -> bf16[4,32] {
+  %p4 = bf16[4,64]{1,0:S(1)} parameter(0)
+  %p5 = bf16[28,64,32]{2,1,0} parameter(1)
+  %weights = bf16[64,32]{1,0} fusion(%p5), kind=kLoop, calls=%layer
+  ROOT %y = bf16[4,32]{1,0:S(1)} convolution(%p4, %weights), dim_labels=bf_io->bf
+}
+
+%scores (p6: bf16[8,32], p7: bf16[1,32], p8: s32[]) -> f32[8] {
+  %p6 = bf16[8,32]{1,0} parameter(0)
+  %p7 = bf16[1,32]{1,0:S(1)} parameter(1)
+  %p8 = s32[]{:S(6)} parameter(2)
+  %new = bf16[8,32]{1,0} fusion(%p6, %p7, %p8), kind=kLoop, calls=%written
+  ROOT %sum = f32[8]{0:S(1)} reduce(%new, %new), dimensions={1}
+}
+
+ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: s32[]) -> f32[8] {
+  %a = bf16[4,64]{1,0:S(1)} parameter(0)
+  %w = bf16[28,64,32]{2,1,0} parameter(1)
+  %k = bf16[8,32]{1,0} parameter(2)
+  %n = bf16[1,32]{1,0:S(1)} parameter(3)
+  %i = s32[]{:S(6)} parameter(4)
+  %ahead = (bf16[8,32]{1,0:S(1)}, bf16[8,32]{1,0}, u32[]{:S(2)}) copy-start(%k)
+  %part = ((bf16[28,64,32]{2,1,0}), bf16[1,64,32]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1]}
+  %z = bf16[4,32]{1,0:S(1)} fusion(%a, %w), kind=kOutput, calls=%product
+  ROOT %s = f32[8]{0:S(1)} fusion(%k, %n, %i), kind=kLoop, calls=%scores
+}
+"""
+
+
+def test_traffic_of_nested_fusions_and_of_copies_to_the_chip():
+    """A product reads its layer of the stack; scores read all of the cache that they are written into."""
+    layer, cache = 64 * 32 * 2, 8 * 32 * 2
+    assert hlo.read(NESTED).hbm_bytes == layer + cache + (cache + layer)
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_told():
     summary = hlo.read(TEXT.replace("compare(%j, %count), direction=LT", "not(%j)"))
     assert summary.unknown_loops == 1
+    inside = 64 * 2 + 4 + 16 + 16  # of one trip
+    assert summary.looped_bytes == inside
+    assert summary.hbm_bytes == inside + 16 * 8 * 2 + 16 * 32 * 2
     assert {each.kind: each.count for each in summary.collectives} == {
         "all-gather": 2,
         "all-reduce": 1,
@@ -112,3 +165,32 @@ def test_shapes():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.read("HloModule nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x={}", [[0, 2], [1, 3]]),
+        ("replica_groups=[2,4]<=[8], x", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), x", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'a','c'}, x", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
+    ],
+)
+def test_groups_are_read_in_every_form(text, expected):
+    line = f"  %c = f32[8]{{0}} all-reduce(%x), channel_id=1, {text}"
+    instruction = hlo._instruction(line)
+    assert instruction is not None and hlo.groups(instruction).tolist() == expected
+
+
+def test_what_leaves_a_slice_is_told_apart():
+    """Two slices of four: the gather in the loop and the all-reduce cross; one in a fusion and permutes do not."""
+    one = {each.kind: each for each in hlo.read(TEXT).collectives}
+    two = {each.kind: each for each in hlo.read(TEXT, slice_devices=4).collectives}
+    assert all(each.crossed == 0 for each in one.values())
+    for kind, each in two.items():
+        assert each.sent + each.crossed == one[kind].sent
+        assert each.exposed + each.crossed_exposed == one[kind].exposed
+    assert two["all-gather"].crossed == two["all-gather"].crossed_exposed == 28 * 1024 * 1 / 8
+    assert two["all-reduce"].crossed == 28 * 2 * 16 * 1 / 8  # summed up by four first: a quarter each, both ways
+    assert two["collective-permute"].crossed == 0

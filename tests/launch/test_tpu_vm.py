@@ -12,18 +12,23 @@ from trace_jax.config import ROOT
 
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 GCLOUD = """#!/usr/bin/env python3
-import json, os, pathlib, shutil, subprocess, sys
+import json, os, pathlib, shutil, subprocess, sys, time
 home, args = pathlib.Path(os.environ["STUB"]), sys.argv[1:]
 with (home / "calls").open("a") as calls:
     calls.write(json.dumps(args) + "\\n")
 group, action = args[2], args[3]
 option = {a.partition("=")[0]: a.partition("=")[2] for a in args if a.startswith("--")}
+failing = home / f"{action}_fails"  # how often the next calls of the kind fail
+if failing.exists() and (left := int(failing.read_text())):
+    failing.write_text(str(left - 1))
+    sys.exit(255)
 if action == "describe":
+    time.sleep(float((home / "describe_takes").read_text() if (home / "describe_takes").exists() else 0))
     states = (home / "states").read_text().split()
     if len(states) > 1:
         (home / "states").write_text(" ".join(states[1:]))
-    if states[0] == "ABSENT":
-        sys.exit(1)
+    if states[0] in ("ABSENT", "OFFLINE"):
+        sys.exit("ERROR: NOT_FOUND: no such resource" if states[0] == "ABSENT" else "ERROR: no network")
     print(states[0])
 elif action == "scp":
     node = args[5].rstrip(":")
@@ -118,8 +123,73 @@ def test_keep_creates_and_goes_on_after_a_preemption(stub):
     assert len(calls(stub, "create")) == 1 and len(calls(stub, "delete")) == 1
 
 
+KEEP = ("run", "pod", "--zone", "z", "--type", "v6e-8", "--keep", "--", "bash", "-c")
+
+
 def test_keep_returns_the_exit_code_of_the_command(stub):
-    assert script("run", "pod", "--zone", "z", "--keep", "--", "bash", "-c", "exit 3").returncode == 3
+    assert script(*KEEP, "exit 3").returncode == 3
+
+
+def test_keep_starts_again_what_saved_and_stopped(stub):
+    done = script(*KEEP, f"echo once >> {stub}/attempts; [ $(wc -l < {stub}/attempts) = 2 ] || exit 75")
+    assert done.returncode == 0, done.stderr
+    assert (stub / "attempts").read_text() == "once\nonce\n"
+    assert not calls(stub, "create")
+
+
+def test_keep_ends_where_stop_ended_the_command(stub):
+    program = f"trap 'exit 75' TERM; echo up > {stub}/up; while true; do sleep 0.05; done"
+    keeping = subprocess.Popen([SCRIPT, *KEEP, program], stdout=subprocess.PIPE, text=True)
+    wait_for(stub / "up")
+    assert script("stop", "pod", "--zone", "z").returncode == 0
+    said, _ = keeping.communicate(timeout=60)
+    assert keeping.returncode == 75 and "ended with 75" in said
+
+
+def test_a_failed_call_is_no_lost_slice(stub):
+    """Neither while the slice is waited for nor while the command runs: nothing is created, and it is started once."""
+    (stub / "states").write_text("OFFLINE ACTIVE OFFLINE OFFLINE ACTIVE")
+    done = script(*KEEP, f"echo once >> {stub}/attempts; sleep 1")
+    assert done.returncode == 0, done.stderr
+    assert (stub / "attempts").read_text() == "once\n"
+    assert not calls(stub, "create") and "no network" in done.stderr
+
+
+def test_calls_that_fail_at_first_are_tried_again(stub):
+    (stub / "states").write_text("ABSENT ACTIVE")
+    for action in ("create", "scp", "ssh"):
+        (stub / f"{action}_fails").write_text("2")
+    assert script(*KEEP, f"echo once >> {stub}/attempts").returncode == 0
+    assert (stub / "attempts").read_text() == "once\n"
+    assert len(calls(stub, "create")) == len(calls(stub, "scp")) == 3
+
+
+def test_a_slice_that_cannot_be_reached_is_an_error(stub):
+    (stub / "scp_fails").write_text("1000")
+    done = script(*KEEP, "true")
+    assert done.returncode == 1 and "pod: the command was not started" in done.stderr
+
+
+def test_a_failure_while_the_slice_goes_is_a_preemption(stub):
+    (stub / "states").write_text("ACTIVE ACTIVE SUSPENDED SUSPENDED ABSENT ACTIVE")
+    (stub / "describe_takes").write_text("0.7")  # the command has ended before the state is told
+    program = f"echo once >> {stub}/attempts; [ $(wc -l < {stub}/attempts) = 2 ] || exit 1"
+    done = script(*KEEP, program)
+    assert done.returncode == 0, done.stderr
+    assert (stub / "attempts").read_text() == "once\nonce\n"
+
+
+def test_a_second_start_ends_the_first(stub):
+    first = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit(75))); "
+    first += "print('up', flush=True); time.sleep(60)"
+    assert script("run", "pod", "--zone", "z", "--", "python3", "-c", first).returncode == 0
+    log = stub / "pod" / "trace_jax" / "run.log"
+    wait_for(log)
+    old = (stub / "pod" / "trace_jax" / "run.pid").read_text().strip()
+    assert script("run", "pod", "--zone", "z", "--", "echo", "second").returncode == 0
+    assert not pathlib.Path("/proc", old).exists()
+    assert wait_for(stub / "pod" / "trace_jax" / "run.rc") == "0\n"
+    assert log.read_text() == "up\nsecond\n"
 
 
 @pytest.mark.parametrize(
@@ -131,6 +201,7 @@ def test_keep_returns_the_exit_code_of_the_command(stub):
         (("create", "pod", "--zone", "z"), "--type is missing"),
         (("create", "pod", "--zone", "z", "--type", "v9-8"), "no runtime is known"),
         (("run", "pod", "--zone", "z"), "after --"),
+        (("run", "pod", "--zone", "z", "--keep", "--", "true"), "--type is missing"),
         (("delete", "pod", "--zone", "z", "--force"), "unknown option --force"),
         (("create", "pod", "--zone", "z", "--slices", "many"), "no number of slices"),
     ],

@@ -65,6 +65,7 @@ def test_a_notice_to_one_process_stops_all_with_a_checkpoint(tiny_config, tmp_pa
     os.kill(running[1].pid, signal.SIGTERM)
     said = errors(running)
     assert all("with a checkpoint; the same command goes on" in text for text in said), said
+    assert [process.returncode for process in running] == [os.EX_TEMPFAIL] * 2
     last = max(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert all(f"stopped at step {last} " in text for text in said)
     again = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=last + 2))

@@ -11,10 +11,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trace_jax.benchmarks.measuring import interleaved, report
 from trace_jax.config import load_config
-from trace_jax.data.pipeline import MEASURED_BATCHES, Tokenized, deal, measure_capacity
-from trace_jax.data.processor import Geometry, Patches, first_fit, fit_size, open_image, pack, patchify
+from trace_jax.data.lengths import assumed_batches
+from trace_jax.data.pipeline import MEASURED_BATCHES, deal, measure_capacity
+from trace_jax.data.processor import Geometry, first_fit, fit_size, open_image, pack, patchify
 from trace_jax.data.processor import Sequence as Tokens
-from trace_jax.data.schema import TASKS, Example, Query
 
 
 def _photo(width: int, height: int, seed: int) -> bytes:
@@ -102,9 +102,7 @@ def packing(
     """Shares of token and patch slots that are real, and pairs left out, on lengths like M-BEIR-CoT's.
 
     The shapes are measured on the first eight batches, as in training, and kept for the others; all else is as in
-    mbeir_qwen2_5_vl_7b. Lengths are assumed, not measured: tasks in equal shares, pictures of 256 pixels across (so
-    M-BEIR ships them) and an aspect of 1 to 2, texts of 20 tokens on average (articles 150, cut at 480), 95 tokens of
-    prompt, and traces of any length that the paper's filter lets through (18 to 320) for the tasks that reason.
+    mbeir_qwen2_5_vl_7b. The lengths are assumed (data/lengths.py says how), not measured.
 
     Args:
         shards: devices times chunks.
@@ -115,31 +113,8 @@ def packing(
     """
     config = load_config("mbeir_qwen2_5_vl_7b")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, row_length=row_length))
-    data, geometry, rng = config.data, Geometry(max_pixels=config.data.max_pixels), np.random.default_rng(seed)
-    tasks = list(TASKS.values())
-
-    def side(kind: str, article: bool, trace: int = 0) -> Tokens:
-        length, images, none = 95 + trace, (), np.zeros(0)
-        if "i" in kind:
-            long = int(256 * rng.uniform(1, 2))
-            height, width = rng.permutation([256, long]).tolist()
-            rows, columns = fit_size(height, width, geometry)
-            patches = rows * columns // geometry.patch_size**2
-            images = (Patches(np.zeros((patches, 0)), none, none, none, (0, 0)),)
-            length += patches // geometry.merge_unit
-        if "t" in kind:
-            length += min(data.max_text_tokens, 1 + int(rng.exponential(150 if article else 20)))
-        return Tokens(np.zeros(length, np.int32), none, images, none)
-
-    def pair(task: str) -> Tokenized:
-        query, document = task.split("2")
-        trace = int(rng.integers(16, 257) + rng.integers(2, 65)) if query == "it" else 0
-        articles = task in ("t2t", "t2it", "it2t", "it2it")
-        sequences = side(query, False, trace), side(document, articles)
-        example = Example(Query("any"), None, "", task=0)
-        return Tokenized(example, sequences[0], len(sequences[0]) - trace, [0] * (trace + 1), [sequences[1]])
-
-    packed = [[pair(tasks[i % len(tasks)]) for i in range(data.batch_size)] for _ in range(batches)]
+    data, geometry = config.data, Geometry(max_pixels=config.data.max_pixels)
+    packed = assumed_batches(data, geometry, batches, seed)
     capacity = measure_capacity(packed[:MEASURED_BATCHES], shards, config)
     tokens = patches = left_out = 0
     for batch in packed:

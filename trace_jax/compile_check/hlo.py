@@ -8,10 +8,13 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 NO_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+ARRAY = r"\w+\[[\d,]*\](?:\{[^}]*\})?"  # dtype, dimensions, layout
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}  # the others' names end in theirs
 
 
@@ -39,9 +42,11 @@ class Collective:
 
     kind: str
     count: int  # runs
-    sent: float  # bytes that leave a device over the interconnect, ring algorithms assumed
+    sent: float  # bytes that leave a device over the interconnect of its slice, ring algorithms assumed
     result: float  # bytes of the results
     exposed: float  # of `sent`: by instructions that nothing runs beside
+    crossed: float = 0.0  # bytes that leave it for another slice
+    crossed_exposed: float = 0.0  # of `crossed`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +55,17 @@ class Summary:
 
     collectives: tuple[Collective, ...]
     hbm_bytes: float  # operands and results of every kernel that lie in HBM
+    looped_bytes: float  # of these, what one trip of the loops of unknown length takes
     cycles: float  # the compiler's estimates of its fusions; other instructions have none
     unknown_loops: int  # loops whose trip count is not in the text, counted as one trip
 
 
-def read(text: str) -> Summary:
-    """Sums up an HLO module. Raises ValueError when the text has no ENTRY computation."""
-    return _Module(text).summary()
+def read(text: str, slice_devices: int = 0) -> Summary:
+    """Sums up an HLO module. Raises ValueError when the text has no ENTRY computation.
+
+    With several slices, so many neighbouring devices are a slice each.
+    """
+    return _Module(text).summary(slice_devices)
 
 
 def bytes_of(shape: str, *, hbm_only: bool = False) -> float:
@@ -94,6 +103,9 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(match[2], shape, rest[:opens], operands, number, rest[closes + 1 :], match[1] is not None)
 
 
+Computation = Mapping[str, Instruction]
+
+
 class _Module:
     """The computations of a module, by name."""
 
@@ -111,52 +123,58 @@ class _Module:
         if entry is None:
             raise ValueError("the HLO text has no ENTRY computation")
         self.entry = entry
-        self.unknown_loops = 0
 
-    def trips(self, condition: str) -> int:
-        """How often a loop with this condition runs: the constant that its counter is compared to, else once."""
+    def trips(self, condition: str) -> int | None:
+        """How often a loop with this condition runs: the constant that its counter is compared to, None without one."""
         instructions = self.computations[condition]
         root = next(instruction for instruction in instructions.values() if instruction.is_root)
         if root.opcode == "compare" and "direction=LT" in root.attributes:
             bound = instructions[root.operands[1]]
             if bound.number is not None:
                 return bound.number
-        self.unknown_loops += 1
-        return 1
+        return None
 
-    def runs(self, computation: str, times: int = 1) -> Iterator[tuple[str, int]]:
-        """The computations that run one instruction after another, with how often; both branches of a conditional."""
-        yield computation, times
+    def runs(self, computation: str, times: int = 1, loops: int = 0) -> Iterator[tuple[str, int, int]]:
+        """The computations that run one instruction after another, with how often and in how many loops of unknown
+        length, which run once; both branches of a conditional.
+        """
+        yield computation, times, loops
         for instruction in self.computations[computation].values():
             if instruction.opcode == "while":
                 condition, body = instruction.attribute("condition"), instruction.attribute("body")
                 if condition and body:
-                    yield from self.runs(body, times * self.trips(condition))
+                    trips = self.trips(condition)
+                    yield from self.runs(body, times * (trips or 1), loops + (trips is None))
             elif instruction.opcode == "conditional":
                 names = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
                 found = re.findall(r"%([\w.\-]+)", names[1]) if names else []
                 both = (instruction.attribute(f"{which}_computation") for which in ("true", "false"))
                 for branch in [*found, *filter(None, both)]:
-                    yield from self.runs(branch, times)
+                    yield from self.runs(branch, times, loops)
             elif instruction.opcode == "call" and (callee := instruction.attribute("to_apply")):
-                yield from self.runs(callee, times)
+                yield from self.runs(callee, times, loops)
 
-    def summary(self) -> Summary:
+    def summary(self, slice_devices: int) -> Summary:
         """Walks all that runs."""
-        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0])
-        traffic = cycles = 0.0
-        for name, times in self.runs(self.entry):
+        found: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        traffic = looped = cycles = 0.0
+        unknown = 0
+        for name, times, loops in self.runs(self.entry):
             for instruction in self.computations[name].values():
-                traffic += times * self.traffic(name, instruction)
+                moved = times * self.traffic(name, instruction)
+                traffic, looped = traffic + moved, looped + (moved if loops else 0.0)
+                condition = instruction.attribute("condition") if instruction.opcode == "while" else None
+                unknown += condition is not None and self.trips(condition) is None
                 if match := re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes):
                     cycles += times * int(match[1])
                 for collective, exposed in self.collectives(instruction):
                     kind = collective.opcode.removesuffix("-start")
-                    sent = sent_bytes(collective)
-                    parts = (1, sent, result_bytes(collective), sent * exposed)
+                    crossed = crossed_bytes(collective, slice_devices) if slice_devices else 0.0
+                    sent = sent_bytes(collective) - crossed
+                    parts = (1, sent, result_bytes(collective), sent * exposed, crossed, crossed * exposed)
                     found[kind] = [old + times * new for old, new in zip(found[kind], parts, strict=True)]
         rows = (Collective(kind, int(parts[0]), *parts[1:]) for kind, parts in sorted(found.items()))
-        return Summary(tuple(rows), traffic, cycles, self.unknown_loops)
+        return Summary(tuple(rows), traffic, looped, cycles, unknown)
 
     def collectives(self, instruction: Instruction) -> Iterator[tuple[Instruction, bool]]:
         """The collectives that an instruction starts, and whether nothing runs beside them."""
@@ -171,6 +189,11 @@ class _Module:
     def traffic(self, computation: str, instruction: Instruction) -> float:
         """Bytes between HBM and the chip. A slice that is read or written in place counts as itself, not its whole."""
         kind = instruction.opcode
+        if kind == "copy-start":  # to or from the chip's own memory, which is not counted
+            return bytes_of(instruction.shape, hbm_only=True)
+        if kind == "slice-start":
+            source, part = re.findall(ARRAY, instruction.shape)[:2]
+            return bytes_of(part) * (bytes_of(source, hbm_only=True) > 0) + bytes_of(part, hbm_only=True)
         if kind in NO_TRAFFIC or kind.endswith(("-start", "-done")):
             return 0.0
         there = self.computations[computation]
@@ -187,41 +210,90 @@ class _Module:
                 number = parameter.number
                 if parameter.opcode != "parameter" or number is None or not reads[number]:
                     continue
-                users = [each for each in inside.values() if parameter.name in each.operands]
-                if any(each.operands[0] != parameter.name for each in users):
-                    continue
-                if users and all(each.opcode == "dynamic-slice" for each in users):
-                    reads[number] = sum(bytes_of(each.shape) for each in users)
-                elif users and all(each.opcode == "dynamic-update-slice" for each in users):
+                users = _users(inside, parameter.name)
+                if users and all(_in_place(inside, each, parameter.name) for each in users):
                     update = sum(bytes_of(inside[each.operands[1]].shape) for each in users)
                     writes, reads[number] = min(writes, update), 0.0
+                else:
+                    reads[number] = self.read_of(inside, parameter.name, reads[number])
         return sum(reads) + writes
+
+    def read_of(self, inside: Computation, name: str, whole: float) -> float:
+        """Bytes that a fusion reads of an array of `whole` bytes: of a layer of a stack, no more than the layer."""
+        if inside[name].is_root:
+            return whole
+        total = 0.0
+        for user in _users(inside, name):
+            if user.opcode in ("slice", "dynamic-slice") and user.operands[0] == name:
+                total += bytes_of(user.shape)
+            elif user.opcode == "bitcast":
+                total += self.read_of(inside, user.name, whole)
+            elif user.opcode == "fusion" and (callee := self.computations.get(user.attribute("calls") or "")):
+                numbers = [number for number, operand in enumerate(user.operands) if operand == name]
+                for each in callee.values():
+                    if each.opcode == "parameter" and each.number in numbers:
+                        total += self.read_of(callee, each.name, whole)
+            else:
+                return whole
+        return min(total, whole)
+
+
+def _users(inside: Computation, name: str) -> list[Instruction]:
+    return [each for each in inside.values() if name in each.operands]
+
+
+def _in_place(inside: Computation, user: Instruction, name: str) -> bool:
+    """Whether an instruction changes a part of the array where it is, and nothing here reads the result."""
+    changes = user.opcode == "dynamic-update-slice" and user.operands[0] == name
+    return changes and all(each.opcode == "tuple" for each in _users(inside, user.name))
 
 
 def result_bytes(collective: Instruction) -> float:
     """Bytes of a collective's result; an asynchronous one gives (operands, results, ...)."""
     if not collective.opcode.endswith("-start"):
         return bytes_of(collective.shape)
-    leaves = re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", collective.shape)
+    leaves = re.findall(ARRAY, collective.shape)
     return max(bytes_of(leaf) for leaf in leaves)
 
 
-def group_size(collective: Instruction) -> int:
-    """How many devices take part in one group: of the lists, the iota form or the mesh form of replica_groups."""
+def groups(collective: Instruction) -> np.ndarray:
+    """Who takes part together: [groups, devices] int, of the lists, the iota form or the mesh form of replica_groups.
+
+    The pairs of a permute, sender and receiver.
+    """
     text = collective.attributes
-    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-        return len(match[1].split(","))
-    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
-        return int(match[1])
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
+        return np.array([list(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", match[1])])
+    if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        sizes = list(map(int, match[3].split(",")))
+        order = list(map(int, match[4].split(","))) if match[4] else range(len(sizes))
+        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(int(match[1]), int(match[2]))
     if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
-    return 2  # a permute
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        within = re.findall(r"'(\w+)'", match[2])
+        order = [list(sizes).index(axis) for axis in (*(axis for axis in sizes if axis not in within), *within)]
+        devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values()).transpose(order)
+        return devices.reshape(-1, math.prod(sizes[axis] for axis in within))
+    raise ValueError(f"{collective.name}: no groups of devices in {text[:200]!r}")
 
 
 def sent_bytes(collective: Instruction) -> float:
     """Bytes that leave each device, by the ring algorithms."""
-    kind, result, size = collective.opcode.removesuffix("-start"), result_bytes(collective), group_size(collective)
+    return _sent(collective, groups(collective).shape[1])
+
+
+def crossed_bytes(collective: Instruction, slice_devices: int) -> float:
+    """Of `sent_bytes`, those for another slice: each slice sums up, or collects, its own part first."""
+    members = groups(collective)
+    slices = max(len(set(group)) for group in (members // slice_devices).tolist())
+    if slices == 1:
+        return 0.0
+    share = 1.0 if collective.opcode.startswith(("reduce-scatter", "collective-permute")) else slices / members.shape[1]
+    return _sent(collective, slices) * share
+
+
+def _sent(collective: Instruction, size: int) -> float:
+    kind, result = collective.opcode.removesuffix("-start"), result_bytes(collective)
     if kind == "collective-permute":
         return result
     factor = {"all-reduce": 2 * (size - 1) / size, "reduce-scatter": size - 1}

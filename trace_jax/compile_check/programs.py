@@ -1,10 +1,9 @@
 """The programs of a configuration as shapes: the training step, the prefill and the decoding, ready to be compiled."""
 
 import dataclasses
-import math
 import pathlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,35 +13,22 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
 from trace_jax.config import ROOT, Config
-from trace_jax.data.pipeline import Capacity
+from trace_jax.data.lengths import assumed_batches
+from trace_jax.data.pipeline import MEASURED_BATCHES, Capacity, measure_capacity
+from trace_jax.data.processor import Geometry
+from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Batch, Inputs
 from trace_jax.model.architecture import Architecture
-from trace_jax.model.flops import forward_flops
+from trace_jax.model.flops import forward_flops, model_flops
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters
-from trace_jax.retrieval import generation
-from trace_jax.retrieval.packing import Rows
+from trace_jax.retrieval import embedder, generation
+from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Rows, rounded
 from trace_jax.training.losses import loss_parameters
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import TrainState, make_train_step, split_model, state_shardings
 
 ASSETS = ROOT / "trace_jax" / "assets"
-SLACK = 1.1  # room in the rows above the average: what packing leaves empty, and what batches differ by
-MARKUP = 128  # tokens of a prompt beside its image and its text
-LENGTHS = 128  # the longest prompt is rounded up to a multiple
-
-
-class Pair(NamedTuple):
-    """The average training pair, query and document together."""
-
-    text_tokens: float
-    images: float
-    targets: float
-
-
-# M-BEIR-CoT. Markup and prompts 190, instruction and texts 120, and a trace of 150 for the 53 % that reason; one image
-# in the simple tasks, one or two in the others. Estimated from the mixture of paper Sec. 3.2, not measured.
-PAIR = Pair(text_tokens=390, images=1.4, targets=81)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +41,10 @@ class Program:
     options: dict[str, Any]
     parameters: Any  # the part of the arguments that is the model
     optimizer: Any  # the part that is the optimizer's
+    shapes: str  # for people
+    model_flops: float  # what the architecture needs, over all devices
+    items: int = 0  # pairs, queries or documents that one run reads, or tokens that it writes; over all devices
+    read: Any = ()  # what a trip of its loop of unknown length must read from HBM, where it has one
 
     def trace(self, mesh: jax.sharding.Mesh) -> Any:
         """Traces under the mesh; `.lower().compile()` goes on from there."""
@@ -71,25 +61,27 @@ def read_architecture(config: Config) -> Architecture:
     return Architecture.from_hf(base if (base / "config.json").is_file() else ASSETS / base.name)
 
 
+def geometry_of(config: Config, architecture: Architecture) -> Geometry:
+    """How images become patches, of an architecture alone."""
+    data, vision = config.data, architecture.vision
+    return Geometry(
+        vision.patch_size,
+        vision.merge_size,
+        vision.window_size,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+    )
+
+
 def capacity_of(config: Config, architecture: Architecture, shards: int) -> Capacity:
-    """The static shapes of a shard: training measures them on its data, here they are the configuration's or `PAIR`'s.
+    """The static shapes of a shard, measured as training does, on assumed lengths (data/lengths.py).
 
     Raises ValueError when the batch cannot be dealt evenly.
     """
-    data, vision = config.data, architecture.vision
-    if data.batch_size % shards:
-        raise ValueError(f"a batch of {data.batch_size} cannot be dealt to {shards} shards")
-    pairs = data.batch_size // shards
-    image = data.max_pixels // vision.patch_size**2  # patches; nearly all images are larger and scaled down to it
-    tokens = PAIR.text_tokens + PAIR.images * image / vision.merge_unit
-    images_a_row = max(data.patch_row_length // image, 1)
-    chunk = config.loss.vocabulary_chunk
-    return Capacity(
-        pairs=pairs,
-        rows=data.rows or math.ceil(pairs * tokens * SLACK / data.row_length),
-        patch_rows=data.patch_rows or math.ceil(pairs * PAIR.images * SLACK / images_a_row),
-        targets=math.ceil(pairs * PAIR.targets * SLACK / chunk) * chunk,
-    )
+    if config.data.batch_size % shards:
+        raise ValueError(f"a batch of {config.data.batch_size} cannot be dealt to {shards} shards")
+    batches = assumed_batches(config.data, geometry_of(config, architecture), MEASURED_BATCHES)
+    return measure_capacity(batches, shards, config)
 
 
 def abstract_model(config: Config, architecture: Architecture, mesh: jax.sharding.Mesh) -> Qwen2_5_VL:
@@ -188,70 +180,107 @@ def train_program(config: Config, architecture: Architecture, mesh: jax.sharding
     )
     step = make_train_step(graph, optimizer, architecture.language.vocab_size - 1, config, shardings)
     arguments = TrainState(trainable, opt_state), frozen, batch
-    return Program("train step", step, arguments, {}, (trainable, frozen), opt_state)
+    return Program(
+        "train step",
+        step,
+        arguments,
+        {},
+        (trainable, frozen),
+        opt_state,
+        str(capacity),
+        sum(model_flops(architecture, config, capacity, shards).values()),
+        items=data.batch_size,
+    )
 
 
-def prompt_length(config: Config, architecture: Architecture) -> int:
-    """Tokens of the longest prompt that the configuration allows, rounded up."""
-    visual = config.data.max_pixels // (architecture.vision.patch_size * architecture.vision.merge_size) ** 2
-    return math.ceil((visual + config.data.max_text_tokens + MARKUP) / LENGTHS) * LENGTHS
+def generation_programs(
+    config: Config, architecture: Architecture, mesh: jax.sharding.Mesh, kinds: Collection[str]
+) -> Iterator[Program]:
+    """What the engine runs, of `kinds`, on evaluation.batch_size sequences of assumed lengths (data/lengths.py).
 
-
-def generation_programs(config: Config, architecture: Architecture, mesh: jax.sharding.Mesh) -> list[Program]:
-    """Prefill and decoding of evaluation.batch_size of the longest prompts that the configuration allows, with images.
-
-    The decoding is of all of them, for evaluation.max_trace_tokens tokens.
+    "prefill" reads queries, "embed" documents, packed as the engine packs them: those with an image and those without
+    are a program each. "decode" is a step of as many queries with traces of evaluation.max_trace_tokens at most.
     """
-    data, options = config.data, config.evaluation
+    data, options, language = config.data, config.evaluation, architecture.language
     shards, model = sharding.data_shards(mesh), abstract_model(config, architecture, mesh)
     if options.batch_size % shards:
         raise ValueError(f"evaluation.batch_size {options.batch_size} cannot be dealt to {shards} shards")
-    rows = options.batch_size // shards
-    inputs = abstract_inputs(
-        architecture,
-        mesh,
-        shards,
-        rows=rows,
-        length=prompt_length(config, architecture),
-        patch_rows=rows,
-        patches=data.patch_row_length,
+    geometry = geometry_of(config, architecture)
+    pairs = [item for batch in assumed_batches(data, geometry, MEASURED_BATCHES) for item in batch]
+    prompts = [dataclasses.replace(item.query, tokens=item.query.tokens[: item.prompt]) for item in pairs]
+    documents = [item.documents[0] for item in pairs]
+    packer = Packer(
+        geometry=geometry,
+        pad_token=0,
+        most=options.batch_size // shards,
+        shards=shards,
+        row_length=data.row_length,
+        patch_row_length=data.patch_row_length,
+        share=False,  # these sequences have no words that they could have in common
     )
-    places = (_split(mesh, (shards, rows), jnp.int32) for _ in range(3))
-    decoding = generation.Decoding(
-        (architecture.language.vocab_size - 1,), options.max_trace_tokens, drafts=options.drafts
-    )
-    longest = prompt_length(config, architecture)
-    how = {"decoding": decoding, "mode": "adaptive", "longest": longest}
-    prefill = Program("prefill", generation._prefill.jitted, (model, Rows(inputs, *places)), how, model, ())
-    heads = "tensor" if architecture.language.num_kv_heads % mesh.shape["tensor"] == 0 else None
-    slots = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=NamedSharding(mesh, P(sharding.BATCH_AXES, *([heads] if leaf.ndim == 4 else [])))
-            if leaf.ndim
-            else sharding.replicated(mesh),
-        ),
-        jax.eval_shape(
-            lambda: generation._empty_slots(
-                architecture.language,
-                options.batch_size,
-                longest,
-                decoding,
-                options.cache_dtype or config.model.dtype,
+    longest = rounded(max(map(len, prompts)), LEAST_LENGTH)
+    decoding = generation.Decoding((language.vocab_size - 1,), options.max_trace_tokens, drafts=options.drafts)
+
+    def reads(kind: str, sequences: Sequence[Tokens], function: Any, how: dict[str, Any]) -> Iterator[Program]:
+        for visual, room in packer.rooms(sequences, sample=True).items():
+            rows = Rows(
+                abstract_inputs(
+                    architecture,
+                    mesh,
+                    shards,
+                    rows=room.rows,
+                    length=room.row_length,
+                    patch_rows=room.patch_rows,
+                    patches=room.patch_row_length,
+                ),
+                *(_split(mesh, (shards, room.sequences), jnp.int32) for _ in range(3)),
             )
-        ),
-    )
-    least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
-    decode = Program("decode", generation._decode.jitted, (model, slots, least), {"decoding": decoding}, model, ())
-    return [prefill, decode]
+            needed = forward_flops(
+                architecture,
+                tokens=shards * room.rows * room.row_length,
+                seen=room.row_length / 2,
+                heads=options.batch_size if kind == "prefill" else 0,
+                patches=shards * room.patch_rows * room.patch_row_length,
+            )
+            name = f"{kind}, {'with images' if visual else 'texts'}"
+            arguments = model, rows
+            yield Program(name, function, arguments, how, model, (), str(room), needed, items=options.batch_size)
+
+    if "prefill" in kinds:
+        how = {"decoding": decoding, "mode": "adaptive", "longest": longest}
+        yield from reads("prefill", prompts, generation._prefill.jitted, how)
+    if "embed" in kinds:
+        yield from reads("embed", documents, embedder._read.jitted, {})
+    if "decode" in kinds:
+        dtype = options.cache_dtype or config.model.dtype
+        slots = _placed(
+            jax.eval_shape(lambda: generation._empty_slots(language, options.batch_size, longest, decoding, dtype)),
+            "tensor" if language.num_kv_heads % mesh.shape["tensor"] == 0 else None,
+            mesh,
+        )
+        least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+        seen = longest + decoding.max_new_tokens / 2
+        needed = forward_flops(architecture, tokens=options.batch_size, seen=seen, heads=options.batch_size)
+        head = model.language.embed_tokens if model.lm_head is None else model.lm_head
+        yield Program(
+            "decode",
+            generation._decode.jitted,
+            (model, slots, least),
+            {"decoding": decoding},
+            model,
+            (),
+            f"{options.batch_size} rows, caches of {slots.seen.shape[1]} slots",
+            needed,
+            items=options.batch_size,
+            read=(model.language.layers, head, slots.cache),
+        )
 
 
-def generation_flops(config: Config, architecture: Architecture, name: str) -> float:
-    """What a prefill, or one token of every row's decoding, needs over all devices."""
-    rows, prompt = config.evaluation.batch_size, prompt_length(config, architecture)
-    if name == "decode":
-        seen = prompt + config.evaluation.max_trace_tokens / 2
-        return forward_flops(architecture, tokens=rows, seen=seen, heads=rows)
-    patches = rows * config.data.patch_row_length
-    return forward_flops(architecture, tokens=rows * prompt, seen=prompt / 2, heads=rows, patches=patches)
+def _placed(slots: generation.Slots, heads: str | None, mesh: jax.sharding.Mesh) -> generation.Slots:
+    """Slots as `generation.place_rows` splits them; the key heads of the cache over the mesh axis `heads`."""
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = P(sharding.BATCH_AXES, *([heads] if leaf.ndim == 4 else [])) if leaf.ndim else P()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, slots)

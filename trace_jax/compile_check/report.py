@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,14 +13,14 @@ from trace_jax.chips import GIB, Chip, find_topology
 from trace_jax.compile_check import flops, hlo, programs
 from trace_jax.compile_check.programs import Program
 from trace_jax.config import Config
-from trace_jax.model.flops import model_flops
 
-KINDS = ("train", "prefill", "decode")
+KINDS = ("train", "prefill", "decode", "embed")
 ASSUMPTIONS = (
     "compute: hardware FLOPs at the chip's published bfloat16 peak; blocks that causal attention skips do not count",
     "HBM: bytes of the operands and results of every kernel, as laid out by the compiler, at the published bandwidth",
     "interconnect: bytes that ring algorithms send, at the published sum of a chip's links, all of them busy",
-    "a bound is the largest of the three, as if they overlapped fully: no step can be faster; none was measured",
+    "network between slices: a pod's published bandwidth, dealt to its chips; each slice sums up its own part first",
+    "a bound is the largest of these, as if they overlapped fully: no step can be faster; none was measured",
     "exposed: a model; collectives that the schedule starts on their own are exposed, all others hidden",
     "compiler's estimate: its cycles of each fusion, at the clock of chips.py; kernels and collectives have none",
 )
@@ -41,19 +41,23 @@ class Report:
     advice: str
     model_flops: float
     hardware_flops: float
+    items: int  # pairs, queries or documents that a run reads, or tokens that it writes, over all devices
+    least_bytes: float  # of weights and cache that a step of decoding must read; 0 for other programs
     collectives: tuple[hlo.Collective, ...] = ()
     hbm_bytes: float | None = None
     compute_seconds: float = 0.0
     hbm_seconds: float | None = None
     interconnect_seconds: float | None = None
+    network_seconds: float | None = None  # between slices
     exposed_seconds: float | None = None
     compiler_seconds: float | None = None
     note: str = ""
 
     @property
     def bound_seconds(self) -> float:
-        """The roofline: the slowest of compute, HBM and interconnect."""
-        return max(self.compute_seconds, self.hbm_seconds or 0.0, self.interconnect_seconds or 0.0)
+        """The roofline: the slowest of compute, HBM, interconnect and network."""
+        others = (self.hbm_seconds, self.interconnect_seconds, self.network_seconds)
+        return max(self.compute_seconds, *(seconds or 0.0 for seconds in others))
 
     @property
     def waste(self) -> float:
@@ -61,49 +65,37 @@ class Report:
         return self.hardware_flops / self.model_flops
 
 
-def check(config: Config, topology: str, *, slices: int = 1, kinds: Sequence[str] = KINDS) -> list[Report]:
-    """Compiles the chosen programs of `config` for a topology such as "v5p:2x2x4".
+def check(config: Config, topology: str, *, slices: int = 1, kinds: Collection[str] = KINDS) -> Iterator[Report]:
+    """Compiles the chosen programs of `config` for a topology such as "v5p:2x2x4", and yields each as it is done.
 
-    Raises CompilerMissingError, and ValueError for a topology, a mesh or shapes that do not go together.
+    Raises CompilerMissingError, and ValueError for a topology, kinds, a mesh or shapes that do not go together.
     """
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"no programs {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
     chip, devices = find_topology(topology, slices)
     architecture = programs.read_architecture(config)
-    reports = []
     if "train" in kinds:
         mesh = sharding.make_mesh(config.mesh, devices)
-        shards = sharding.data_shards(mesh)
-        capacity = programs.capacity_of(config, architecture, shards)
-        needed = model_flops(architecture, config, capacity, shards)
-        program = programs.train_program(config, architecture, mesh)
-        reports.append(
-            compile_program(program, mesh, chip, config, model_flops=sum(needed.values()), shapes=str(capacity))
-        )
-    if {"prefill", "decode"} & set(kinds):
+        yield compile_program(programs.train_program(config, architecture, mesh), mesh, chip, config)
+    if set(kinds) - {"train"}:
         mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh, devices)
-        for program in programs.generation_programs(config, architecture, mesh):
-            if program.name in kinds:
-                needed = programs.generation_flops(config, architecture, program.name)
-                reports.append(
-                    compile_program(
-                        program, mesh, chip, config, model_flops=needed, shapes=f"{config.evaluation.batch_size} rows"
-                    )
-                )
-    return reports
+        for program in programs.generation_programs(config, architecture, mesh, kinds):
+            yield compile_program(program, mesh, chip, config)
 
 
-def compile_program(
-    program: Program, mesh: jax.sharding.Mesh, chip: Chip, config: Config, *, model_flops: float, shapes: str
-) -> Report:
-    """Compiles one program and reads the result; `model_flops` are of all devices, `shapes` for people."""
+def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip, config: Config) -> Report:
+    """Compiles one program and reads the result."""
     traced = program.trace(mesh)
     hardware = flops.program_flops(traced.jaxpr) / mesh.size
     common: dict[str, Any] = {
         "program": program.name,
-        "shapes": shapes,
+        "shapes": program.shapes,
+        "items": program.items,
+        "least_bytes": device_bytes(program.read),
         "capacity": chip.hbm,
         "parameters": device_bytes(program.parameters),
         "optimizer": device_bytes(program.optimizer),
-        "model_flops": model_flops / mesh.size,
+        "model_flops": program.model_flops / mesh.size,
         "hardware_flops": hardware,
         "compute_seconds": hardware / chip.bf16_flops,
     }
@@ -123,16 +115,28 @@ def compile_program(
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         return dataclasses.replace(report, note=f"the compiler could not print its program: {str(error)[:100]}")
-    summary = hlo.read(text)
-    loops = f"{summary.unknown_loops} loop(s) of unknown length counted once" if summary.unknown_loops else ""
+    slices = mesh.shape["slice"]
+    summary = hlo.read(text, mesh.size // slices if slices > 1 else 0)
+    crossed, crossed_exposed = (
+        sum(getattr(each, name) for each in summary.collectives) for name in ("crossed", "crossed_exposed")
+    )
+    notes = [f"{summary.unknown_loops} loop(s) of unknown length counted once"] if summary.unknown_loops else []
+    if slices > 1 and chip.network is None:
+        notes += [f"{crossed / GIB:.3f} GiB to other slices are in no bound: no bandwidth is published for {chip.name}"]
+    moved = summary.looped_bytes if program.read else summary.hbm_bytes
+    if moved < summary.hbm_bytes:
+        notes += [f"HBM: of one trip; before and after the loop {(summary.hbm_bytes - moved) / GIB:.2f} GiB more"]
+    between = chip.network or math.inf
     return dataclasses.replace(
         report,
-        note=loops,
+        note="; ".join(notes),
         collectives=summary.collectives,
-        hbm_bytes=summary.hbm_bytes,
-        hbm_seconds=summary.hbm_bytes / chip.hbm_bandwidth,
+        hbm_bytes=moved,
+        hbm_seconds=moved / chip.hbm_bandwidth,
         interconnect_seconds=sum(each.sent for each in summary.collectives) / chip.interconnect,
-        exposed_seconds=sum(each.exposed for each in summary.collectives) / chip.interconnect,
+        network_seconds=crossed / between if slices > 1 and chip.network else None,
+        exposed_seconds=sum(each.exposed for each in summary.collectives) / chip.interconnect
+        + crossed_exposed / between,
         compiler_seconds=summary.cycles / chip.clock,
     )
 
@@ -144,8 +148,11 @@ def device_bytes(tree: Any) -> float:
 
 
 def peak_of_error(message: str) -> float | None:
-    """Bytes that a program would have needed, from the compiler's out-of-memory error; None for another error."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
+    """Bytes that a program would have needed, from the compiler's out-of-memory error; None for another error.
+
+    Where its temporaries alone are too much, the compiler names these alone.
+    """
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT]?)", message)
     if match is None:
         return None
     return float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")
@@ -166,38 +173,41 @@ def _advice(peak: float, fixed: float, chip: Chip, config: Config) -> str:
 # ---- for people and for programs ---------------------------------------------------------------------------------
 
 
-def table(reports: Sequence[Report], chip: Chip, devices: int) -> str:
-    """The reports as text, with the assumptions."""
-    lines = []
-    for report in reports:
-        verdict = "fits" if report.fits else f"does not fit: {report.advice}"
-        lines += [f"{report.program}, each of {devices} {chip.name} devices: {verdict}"]
-        rows = [
-            ("shapes", report.shapes),
-            ("peak HBM", f"{report.peak / GIB:.2f} of {report.capacity / GIB:.2f} GiB"),
-            ("  parameters", f"{report.parameters / GIB:.2f} GiB"),
-            ("  optimizer", f"{report.optimizer / GIB:.2f} GiB"),
-            ("  activations and all else", f"{report.other / GIB:.2f} GiB"),
-            ("model FLOPs", f"{report.model_flops / 1e12:.2f} T"),
-            ("hardware FLOPs", f"{report.hardware_flops / 1e12:.2f} T, {report.waste:.2f} x the model's"),
-            ("bound by compute", _milliseconds(report.compute_seconds)),
-            ("bound by HBM", f"{_milliseconds(report.hbm_seconds)} for {(report.hbm_bytes or 0) / GIB:.1f} GiB"),
-            ("bound by interconnect", _milliseconds(report.interconnect_seconds)),
-        ]
+def describe(report: Report, chip: Chip, devices: int) -> str:
+    """One report as text."""
+    verdict = "fits" if report.fits else f"does not fit: {report.advice}"
+    rows = [
+        ("shapes", report.shapes),
+        ("peak HBM", f"{report.peak / GIB:.2f} of {report.capacity / GIB:.2f} GiB"),
+        ("  parameters", f"{report.parameters / GIB:.2f} GiB"),
+        ("  optimizer", f"{report.optimizer / GIB:.2f} GiB"),
+        ("  activations and all else", f"{report.other / GIB:.2f} GiB"),
+        ("model FLOPs", f"{report.model_flops / 1e12:.2f} T"),
+        ("hardware FLOPs", f"{report.hardware_flops / 1e12:.2f} T, {report.waste:.2f} x the model's"),
+        ("bound by compute", _milliseconds(report.compute_seconds)),
+    ]
+    if report.hbm_bytes is not None:
+        ideal = f", {report.hbm_bytes / report.least_bytes:.2f} x weights and cache" if report.least_bytes else ""
+        traffic = f"{_milliseconds(report.hbm_seconds)} for {report.hbm_bytes / GIB:.2f} GiB{ideal}"
+        rows += [("bound by HBM", traffic), ("bound by interconnect", _milliseconds(report.interconnect_seconds))]
+    if report.network_seconds is not None:
+        rows += [("bound by the network", _milliseconds(report.network_seconds))]
+    for each in report.collectives:
+        crossed = f", {each.crossed / GIB:.3f} GiB to other slices" if each.crossed else ""
+        rows += [(f"  {each.kind}", f"{each.count} runs, {each.sent / GIB:.3f} GiB sent{crossed}")]
+    if report.exposed_seconds is not None:
+        bound = report.bound_seconds
+        mfu = report.model_flops / chip.bf16_flops / bound
+        share = report.exposed_seconds / (bound + report.exposed_seconds)
         rows += [
-            (f"  {each.kind}", f"{each.count} runs, {each.sent / GIB:.3f} GiB sent") for each in report.collectives
+            ("roofline step", f"{_milliseconds(bound)} at the least, model MFU at most {mfu:.0%}"),
+            ("items", f"{report.items}, at most {report.items / bound:.4g} a second"),
+            ("exposed collectives", f"{_milliseconds(report.exposed_seconds)}, {share:.0%} of bound + exposed"),
+            ("compiler's estimate", _milliseconds(report.compiler_seconds)),
         ]
-        if report.exposed_seconds is not None:
-            mfu = report.model_flops / chip.bf16_flops / report.bound_seconds
-            share = report.exposed_seconds / (report.bound_seconds + report.exposed_seconds)
-            rows += [
-                ("roofline step", f"{_milliseconds(report.bound_seconds)} at the least, model MFU at most {mfu:.0%}"),
-                ("exposed collectives", f"{_milliseconds(report.exposed_seconds)}, {share:.0%} of bound + exposed"),
-                ("compiler's estimate", _milliseconds(report.compiler_seconds)),
-            ]
-        rows += [("note", report.note)] if report.note else []
-        lines += [f"  {name:<28}{value}" for name, value in rows]
-    return "\n".join([*lines, "", "Assumptions", *(f"- {line}" for line in ASSUMPTIONS)])
+    rows += [("note", report.note)] if report.note else []
+    title = f"{report.program}, each of {devices} {chip.name} devices: {verdict}"
+    return "\n".join([title, *(f"  {name:<28}{value}" for name, value in rows)])
 
 
 def _milliseconds(seconds: float | None) -> str:

@@ -6,6 +6,7 @@ trainable and which losses count.
 
 import dataclasses
 import logging
+import os
 import re
 import signal
 import time
@@ -326,7 +327,8 @@ def train(config: Config) -> bool:
                 checkpoints.save(step, state.trainable, state.opt_state, wait=stop)
                 saved = time.monotonic()
             if stop:
-                raise SystemExit(f"stopped at step {step} with a checkpoint; the same command goes on from there")
+                log.warning("stopped at step %d with a checkpoint; the same command goes on from there", step)
+                raise SystemExit(os.EX_TEMPFAIL)  # neither done nor failed
     finally:
         if alone:
             signal.signal(signal.SIGTERM, previous)
