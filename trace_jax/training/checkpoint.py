@@ -36,6 +36,7 @@ FREE = re.compile(
     r"|validation_batches|spike|profile(\..+)?|wandb|prefetch)"
 )
 DAMAGED = (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError)  # what a damaged one raises
+NONE = -1  # the step of no checkpoint
 RETRY_SECONDS = (1, 4, 15)  # waits, when storage does not answer
 READ, UNREADABLE, SILENT, REFUSED = range(4)  # how reading a checkpoint ends; the worst of all processes counts
 
@@ -72,12 +73,16 @@ class Checkpoints:
     def save(self, step: int, trainable: Any, optimizer: Any, *, wait: bool = False) -> None:
         """Writes two pytrees of arrays as step `step`, in the background unless `wait`.
 
-        Checkpoints that `restore` could not read are first moved to `<run_dir>/unreadable`. Raises CheckpointError when
-        the disk has no room, before anything is written.
+        Checkpoints that `restore` could not read are first moved to `<run_dir>/unreadable_checkpoint_*`. Raises
+        CheckpointError when the disk has no room, before anything is written.
         """
         self._set_aside()
-        if step in self._manager.all_steps():
-            return
+        if step not in self._manager.all_steps():
+            self._write(step, trainable, optimizer)
+        if wait:
+            self._manager.wait_until_finished()
+
+    def _write(self, step: int, trainable: Any, optimizer: Any) -> None:
         needed = tree_bytes((trainable, optimizer))
         if "://" not in str(self.folder):
             free = shutil.disk_usage(self.folder).free
@@ -94,8 +99,6 @@ class Checkpoints:
             "meta": ocp.args.JsonSave(meta),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
-        if wait:
-            self._manager.wait_until_finished()
 
     def restore(self, *, only: int | None = None, **templates: Any) -> tuple[int, dict[str, Any]] | None:
         """The newest readable checkpoint, or that of step `only`, as (step, items); None when there is none.
@@ -105,22 +108,30 @@ class Checkpoints:
 
         Without `only`, one that is corrupt or incomplete is passed over with a warning, for the one before it; it stays
         where it is until something is saved. All processes agree on each: what one of them cannot read, none takes.
-        Raises CheckpointError when none can be read, when storage does not answer, when they belong to another model,
-        or were trained with other options.
+        Raises CheckpointError when none can be read, when storage does not answer, when processes see different ones,
+        when they belong to another model, or were trained with other options.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if only is not None:
             if only not in steps:
                 raise CheckpointError(f"no checkpoint {only} in {self.folder}; there are {sorted(steps)}")
             steps = [only]
-        for step in steps:
-            items, error = self._attempt(step, templates)
-            worst = int(np.max(multihost_utils.process_allgather(np.int32(_outcome(error)))))
+        for step in (*steps, NONE):
+            items, error = ({}, None) if step == NONE else self._attempt(step, templates)
+            ends = multihost_utils.process_allgather(np.array([step, _outcome(error)], np.int32))
+            if (ends[:, 0] != step).any():
+                raise CheckpointError(
+                    f"processes see different checkpoints in {self.folder}: {sorted(set(ends[:, 0].tolist()))};"
+                    " --workdir must be one folder that all of them share, such as gs://..."
+                )
+            if step == NONE:
+                break
+            worst = ends[:, 1].max()
             if worst == READ:
                 return step, items
             if isinstance(error, CheckpointError):
                 raise error
-            reason = str(error).strip().splitlines()[0] if error else "another process fails to"
+            reason = (str(error).strip() or repr(error)).splitlines()[0] if error else "another process fails to"
             if worst != UNREADABLE or only is not None:
                 raise CheckpointError(f"checkpoint {self.folder}/{step} cannot be read: {reason}") from error
             log.warning("checkpoint %s/%d cannot be read (%s); trying the one before it", self.folder, step, reason)
@@ -185,10 +196,8 @@ class Checkpoints:
         if not self._unreadable:
             return
         if jax.process_index() == 0:
-            aside = self.folder.parent / "unreadable"
-            aside.mkdir(parents=True, exist_ok=True)
             for step in self._unreadable:
-                target = aside / f"{step}_{time.time_ns()}"
+                target = self.folder.parent / f"unreadable_checkpoint_{step}_{time.time_ns()}"
                 (self.folder / str(step)).rename(target)
                 log.warning("checkpoint %d, which cannot be read, is now %s", step, target)
         multihost_utils.sync_global_devices("unreadable checkpoints are set aside")
