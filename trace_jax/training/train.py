@@ -7,6 +7,7 @@ trainable and which losses count.
 import dataclasses
 import itertools
 import logging
+import os
 import re
 import signal
 import time
@@ -293,7 +294,8 @@ def train(config: Config) -> bool:
         guard.settle()
         checkpoints.save(step, state.trainable, state.opt_state, wait=True)
         after = f", {time.monotonic() - notices[0]:.1f} s after the notice" if notices else ""
-        raise SystemExit(f"stopped at step {step} with a checkpoint{after}; the same command goes on from there")
+        log.warning("stopped at step %d with a checkpoint%s; the same command goes on from there", step, after)
+        raise SystemExit(os.EX_TEMPFAIL)  # neither done nor failed
 
     # Loop
     epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
