@@ -149,6 +149,37 @@ def test_a_part_of_a_physical_axis_is_an_axis_too(kind, sizes, slices, tensor):
     assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{of} for of in range(slices)]
 
 
+# ---- hosts -------------------------------------------------------------------------------------------------------
+
+
+def of_hosts(processes, shape) -> types.SimpleNamespace:
+    """A mesh of so many slices x data x fsdp x tensor devices, each of the process given for it."""
+    devices = [types.SimpleNamespace(process_index=process) for process in processes]
+    sizes = dict(zip(sharding.AXES, shape, strict=True))
+    return types.SimpleNamespace(devices=np.array(devices).reshape(shape), shape=sizes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "shape", "hosts"),
+    [
+        ([0, 0, 1, 1], (1, 2, 2, 1), [(0, 2), (1, 2)]),  # each its own shards
+        ([1, 1, 0, 0], (1, 4, 1, 1), [(1, 2), (0, 2)]),  # in the order of the shards, not of the processes
+        ([0, 1, 0, 1], (1, 4, 1, 1), [(0, 2), (1, 2)]),  # not side by side
+        ([0, 0, 1, 1, 2, 2, 3, 3], (1, 2, 1, 4), [(0, 2), (0, 2), (1, 2), (1, 2)]),  # a shard on two processes
+        ([0, 1, 0, 1], (2, 1, 1, 2), [(0, 1), (0, 1)]),  # all shards on both
+    ],
+)
+def test_processes_that_hold_the_same_shards_read_the_same_examples(processes, shape, hosts):
+    mesh = of_hosts(processes, shape)
+    assert [sharding.data_host(mesh, process) for process in range(len(hosts))] == hosts
+
+
+@pytest.mark.parametrize("processes", [[0, 0, 0, 1], [0, 0, 0, 1, 1, 1]])
+def test_hosts_that_share_some_of_their_shards_are_refused(processes):
+    with pytest.raises(ValueError, match="which are no even parts of it; let --mesh.tensor"):
+        sharding.data_host(of_hosts(processes, (1, len(processes) // 2, 1, 2)), 0)
+
+
 def test_devices_of_several_slices_are_told_apart():
     def device(number: int) -> types.SimpleNamespace:
         where = {"slice_index": number % 2, "process_index": number % 2, "platform": "tpu", "device_kind": "none"}

@@ -38,8 +38,8 @@ class Model:
     lora: Lora | None = Lora()
     trainable: tuple[str, ...] = (r"projector/.*", r".*/lora_[ab]", r"emb_row")  # regexes on parameter paths
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matmuls; norms, softmax, rotary and losses are float32
-    # The base's; adapters and projector are float32. int8: the decoder's kernels, with a scale a column; the rest of
-    # the base is bfloat16.
+    # Of the part of the base that does not train; all that trains is float32. int8: the decoder's kernels, with a scale
+    # a column; the rest is bfloat16.
     param_dtype: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     scan_layers: bool = True  # False unrolls: faster on CPU, slower to compile
     remat: Literal["none", "dots", "attention", "full"] = "full"  # what is kept for the backward pass

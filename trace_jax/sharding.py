@@ -99,6 +99,25 @@ def data_shards(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
+def data_host(mesh: jax.sharding.Mesh, process: int) -> tuple[int, int]:
+    """(host, hosts): which part of a batch a process feeds, of how many.
+
+    Processes whose devices hold the same shards, as when "tensor" goes across hosts, are one host and read the same
+    examples. Raises ValueError where hosts would share some of their shards, or hold different numbers of them.
+    """
+    held: dict[int, set[int]] = {}
+    for shard, devices in enumerate(mesh.devices.reshape(data_shards(mesh), -1)):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(shard)
+    hosts = sorted({tuple(sorted(shards)) for shards in held.values()})
+    if len({len(shards) for shards in hosts}) > 1 or sum(map(len, hosts)) > data_shards(mesh):
+        raise ValueError(
+            f"mesh {dict(mesh.shape)}: processes hold the shards {hosts} of a batch, which are no even parts of it;"
+            " let --mesh.tensor divide the number of a host's devices, or be a multiple of it"
+        )
+    return hosts.index(tuple(sorted(held[process]))), len(hosts)
+
+
 def spec_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> P:
     """The spec of one parameter. An axis that its mesh axis does not divide is left whole.
 
@@ -178,6 +197,6 @@ def dealt(items: Sequence[T]) -> Sequence[T]:
 
 
 def to_devices(batch: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Makes global arrays of this host's part of a batch, whose arrays all have the leading axis S / hosts."""
+    """Makes global arrays of this host's part of a batch (`data_host`), all with the leading axis S / hosts."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from trace_jax.data.pipeline import deal, retrieval_examples, tokenize, training_batches
+from trace_jax.data.pipeline import _query_key, deal, retrieval_examples, tokenize, training_batches
 from trace_jax.data.schema import TASKS
 from trace_jax.data.tokenizer import Processor
 
@@ -109,6 +109,28 @@ def test_targets_are_the_trace_and_then_emb(tiny_config, processor):
 def test_own_document_is_among_the_positives(tiny_config, processor):
     batch = training_batches(tiny_config, processor, shards=1).batches[0]
     assert (batch.positives == batch.document_key[..., None]).any(axis=-1).all()
+
+
+def test_a_query_is_the_same_under_any_id_and_with_any_answer(tiny_config, processor):
+    """Text, pictures and task make it; the instruction, the zoom, and which right answer was drawn do not."""
+    record = {"task_id": 0, "query_txt": "a dog", "images": [b"one"], "qid": "9:1"}
+    assert _query_key(record) == _query_key(record | {"qid": "9:2"}) >= 0
+    others = ({"task_id": 1}, {"query_txt": "a cat"}, {"images": [b"two"]}, {"images": []}, {"images": [b"one", b""]})
+    assert len({_query_key(record | other) for other in others} | {_query_key(record)}) == 6
+    one_task = {name: float(name == "t2i") for name in TASKS.values()}  # whose queries come back soon
+    data = dataclasses.replace(tiny_config.data, weights=one_task, max_positives=1)
+    pipeline = training_batches(dataclasses.replace(tiny_config, data=data), processor, shards=2)
+    found = {}
+    for step in range(12):
+        batch, names = pipeline.batches[step], pipeline.names(step)
+        real = batch.query_index >= 0
+        assert (batch.query_key[~real] == -1).all()
+        for name, key, document in zip(names[real], batch.query_key[real], batch.document_key[real], strict=True):
+            found.setdefault(name, (set(), set()))
+            found[name][0].add(int(key))
+            found[name][1].add(int(document))
+    assert all(len(keys) == 1 for keys, _ in found.values())
+    assert any(len(documents) > 1 for _, documents in found.values())  # beyond the one that is kept as known
 
 
 def test_hard_negatives_are_of_pictures_and_never_right(tiny_config, processor):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,12 +17,14 @@ from PIL import Image
 from trace_jax import sharding
 from trace_jax.config import ROOT, Config, Mesh
 from trace_jax.data import instructions
+from trace_jax.data.pipeline import training_batches
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.training import convert
 from trace_jax.training.checkpoint import CheckpointError, Checkpoints
+from trace_jax.training.losses import normalize, take_states
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import init_optimizer, load_model, model_identity, restore_model, split_model
 
@@ -146,6 +149,37 @@ def test_the_adapter_s_snippet_gives_our_embeddings_and_it_comes_back(run, expec
         np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)
     with pytest.raises(CheckpointError, match="holds checkpoints already"):
         convert.import_adapter(again, str(folder))
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_the_card_promises_what_holds(run, tmp_path):
+    def readme(folder):
+        return " ".join((tmp_path / folder / "README.md").read_text().split())
+
+    stored = dataclasses.replace(run, model=dataclasses.replace(run.model, param_dtype="bfloat16"))
+    mesh, processor = sharding.make_mesh(run.mesh), Processor.from_hf(run.model.base, run.data)
+    _, ours = restore_model(stored, processor, mesh)
+    batch = training_batches(stored, processor, shards=1).batches[0]
+    at = jnp.asarray(batch.query_index)
+    read = jax.jit(lambda model: normalize(take_states(model(batch.inputs), at)))
+    expected = read(ours)
+    near = {}
+    for name, options in (("whole", {}), ("rounded", {"dtype": "bfloat16"})):
+        convert.export_merged(stored, str(tmp_path / name), **options)
+        found = np.asarray(read(weights.load(tmp_path / name)))
+        near[name] = np.abs(found - np.asarray(expected)).max()
+    print(near)
+    assert near["whole"] < 1e-5 < 1e-4 < near["rounded"]
+    assert "The same embeddings with transformers alone, in float32:" in readme("whole")
+    assert "near those of the run, not the same: these files are in bfloat16" in readme("rounded")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"dtype": "bfloat16"}, "multiplies"), ({"param_dtype": "int8"}, "its base in int8")]
+)
+def test_a_run_that_computes_otherwise_is_promised_less(run, options, reason):
+    config = dataclasses.replace(run, model=dataclasses.replace(run.model, **options))
+    said = convert._promise(config, adapter=True, dtype="float32")
+    assert said.startswith("Embeddings with transformers and PEFT alone") and reason in said
 
 
 def test_what_an_adapter_cannot_hold_is_refused(run, tmp_path):

@@ -55,9 +55,10 @@ def test_accuracy_is_of_the_right_tokens():
     assert correct.tolist() == [[True, True, False, True]]
 
 
-def reference_info_nce(queries, documents, valid, keys, positives, temperature, both_directions):
+def reference_info_nce(queries, documents, valid, keys, query_keys, positives, temperature, both_directions):
     def wrong(i, j):
-        return j != i and valid[j] and keys[j] != keys[i] and keys[j] not in positives[i]
+        known = keys[j] == keys[i] or keys[j] in positives[i] or (j < len(queries) and query_keys[j] == query_keys[i])
+        return j != i and valid[j] and not known
 
     def loss(own, others):
         scores = np.array([own, *others]) / temperature
@@ -80,11 +81,14 @@ def test_info_nce_masks_known_positives_duplicates_and_empty_slots(hard, both_di
     valid = np.array([1, 1, 1, 1, 1, 0, 1, 1, 0, 1][: 7 + hard], bool)
     keys = np.array([10, 11, 12, 10, 14, 15, 16, 17, 18, 12][: 7 + hard])
     positives = np.array([[10, 12], [11, -1], [12, -1], [10, -1], [14, 16], [15, -1], [16, -1]])
+    query_keys = np.array([0, 1, 2, 3, 1, 5, 6])  # 1 and 4 ask the same, and know different answers
     every = Documents(documents, jnp.asarray(keys), jnp.asarray(valid))
     own, negatives = (Documents(*(part[at] for part in every)) for at in (slice(7), slice(7, None)))
     options = {"temperature": 0.1, "both_directions": both_directions}
-    loss, recall = info_nce(queries, own, negatives, positives=jnp.asarray(positives), **options)
-    expected = reference_info_nce(np.asarray(queries), np.asarray(documents), valid, keys, positives, **options)
+    given = {"query_key": jnp.asarray(query_keys), "positives": jnp.asarray(positives)}
+    loss, recall = info_nce(queries, own, negatives, **given, **options)
+    given = (np.asarray(queries), np.asarray(documents), valid, keys, query_keys, positives)
+    expected = reference_info_nce(*given, **options)
     np.testing.assert_allclose(loss.value(), expected, rtol=1e-5)
     assert loss.count == 6 and 0 <= recall.value() <= 1
 
@@ -99,10 +103,24 @@ def test_an_empty_slot_has_no_gradient_and_no_nan(both_directions):
         none = Documents(*(part[:0] for part in own))
         positives = jnp.array([[1], [2], [-1]])
         options = {"temperature": 0.1, "both_directions": both_directions}
-        return info_nce(normalize(queries), own, none, positives=positives, **options)[0].value()
+        keys = {"query_key": jnp.array([1, 2, -1]), "positives": positives}
+        return info_nce(normalize(queries), own, none, **keys, **options)[0].value()
 
     gradient = jax.grad(loss)(states(0, 3, 5).at[2].set(0.0))
     assert np.isfinite(gradient).all() and (gradient[2] == 0).all() and (gradient[0] != 0).any()
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_the_right_answers_of_the_same_query_are_not_its_negatives(both_directions):
+    """Two pairs of one query, whose answers are right for both: the loss is that of each alone."""
+    queries, documents = normalize(states(0, 1, 5).repeat(2, axis=0)), normalize(states(1, 2, 5))
+    own = Documents(documents, jnp.array([1, 2]), jnp.array([True, True]))
+    none = Documents(*(part[:0] for part in own))
+    known = {"positives": jnp.array([[1], [2]]), "temperature": 0.1, "both_directions": both_directions}
+    masked, recall = info_nce(queries, own, none, query_key=jnp.array([7, 7]), **known)
+    np.testing.assert_allclose(masked.value(), 0.0, atol=1e-6)
+    assert recall.value() == 1
+    assert info_nce(queries, own, none, query_key=jnp.array([7, 8]), **known)[0].value() > 0.1
 
 
 def test_states_are_taken_within_their_shard():

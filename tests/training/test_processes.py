@@ -1,15 +1,21 @@
 """Several processes on one machine, as on the hosts of a slice: the same losses as one, and one end for all."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
+import numpy as np
 import pytest
 
+from tests.bucket import Bucket
 from tests.programs import start
-from trace_jax.config import Config, Mesh, load_config
+from trace_jax.config import ROOT, Config, Mesh, load_config
+from trace_jax.model import weights
 from trace_jax.training.metrics import read_metrics
 
 
@@ -21,8 +27,8 @@ def configured(config: Config, folder, steps: int) -> Config:
     return dataclasses.replace(config, workdir=workdir, training=training, data=data, loss=loss, mesh=Mesh(4, 2, 1))
 
 
-def launch(config: Config, processes: int) -> list:
-    """Starts training in so many processes that share eight CPU devices."""
+def environments(processes: int) -> list[dict[str, str]]:
+    """What tells so many processes, more than one, that they are one program and share eight CPU devices."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -31,9 +37,14 @@ def launch(config: Config, processes: int) -> list:
         "JAX_NUM_PROCESSES": str(processes),
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
     }
+    return [shared | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
+
+
+def launch(config: Config, processes: int) -> list:
+    """Starts training in so many processes that share eight CPU devices."""
     if processes == 1:
         return [start("train", config, JAX_NUM_CPU_DEVICES="8")]
-    return [start("train", config, JAX_PROCESS_ID=str(i), **shared) for i in range(processes)]
+    return [start("train", config, **environment) for environment in environments(processes)]
 
 
 def errors(running: list) -> list[str]:
@@ -44,8 +55,13 @@ def losses(config: Config) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in read_metrics(config.run_dir)}
 
 
-def test_two_processes_train_as_one(tiny_config, tmp_path):
-    one, two = (configured(tiny_config, tmp_path / name, 4) for name in ("one", "two"))
+@pytest.mark.parametrize(
+    "mesh",
+    [Mesh(data=4, fsdp=2, tensor=1), pytest.param(Mesh(data=1, fsdp=1, tensor=8), marks=pytest.mark.slow)],
+    ids=["each its own examples", "both the same examples"],
+)
+def test_two_processes_train_as_one(tiny_config, tmp_path, mesh):
+    one, two = (dataclasses.replace(configured(tiny_config, tmp_path / name, 4), mesh=mesh) for name in ("one", "two"))
     for config, processes in ((one, 1), (two, 2)):
         running = launch(config, processes)
         said = errors(running)
@@ -73,3 +89,54 @@ def test_a_notice_to_one_process_stops_all_with_a_checkpoint(tiny_config, tmp_pa
     said = errors(resumed)
     assert [process.returncode for process in resumed] == [0, 0], said
     assert max(losses(again)) == last + 2
+
+
+# Prints the bytes that this process read from the bucket, and the sums of all parameters.
+READ = """
+import json, sys
+import jax, jax.numpy as jnp, tensorstore
+from trace_jax import config, sharding
+from trace_jax.model import weights
+sharding.join_processes()
+mesh = sharding.make_mesh(config.Mesh(data=1, fsdp=-1))
+model = weights.load(sys.argv[1], shardings=lambda path, shape: sharding.sharding_of(path, shape, mesh))
+leaves = {path: leaf[...] for path, leaf in weights.flat_parameters(model).items()}
+metrics = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/bytes_read")
+print(json.dumps({
+    "read": sum(value["value"] for metric in metrics for value in metric["values"]),
+    "sums": {path: float(jnp.sum(jnp.abs(leaf.astype(jnp.float32)))) for path, leaf in leaves.items()},
+}))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_convert_a_base_into_a_bucket_and_each_reads_its_own_part(tiny_config, tmp_path):
+    bucket, target = Bucket(tmp_path / "bucket"), "gs://runs/base"
+    try:
+
+        def run(*command: str) -> list[tuple[int, str, str]]:
+            environment = os.environ | bucket.environment | {"PYTHONPATH": str(ROOT)}
+            piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            running = [
+                subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment | own, **piped)
+                for own in environments(2)
+            ]
+            said = [process.communicate() for process in running]
+            return [(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]
+
+        source = tiny_config.model.base
+        for code, said, errors in run("launch/convert.py", "from-hf", source, target, "--dtype", "float32"):
+            assert code == 0 and f"use it with --model.base {target}" in said, errors[-3000:]
+        for code, _, errors in run("launch/convert.py", "from-hf", source, target):
+            assert code == 1 and "is there already" in errors
+        read = []
+        for code, said, errors in run("-c", READ, target):
+            assert code == 0, errors[-3000:]
+            read.append(json.loads(said.splitlines()[-1]))
+    finally:
+        bucket.kill()
+    whole = {path: np.asarray(leaf[...]) for path, leaf in weights.flat_parameters(weights.load(source)).items()}
+    for process in read:
+        for path, value in whole.items():
+            assert process["sums"][path] == pytest.approx(np.abs(value).sum(), rel=1e-4), path
+        assert 0 < process["read"] < 0.7 * sum(value.nbytes for value in whole.values())

@@ -1,8 +1,11 @@
 """The real program, on a model of a few thousand parameters."""
 
 import dataclasses
+import importlib.util
 import os
 import pathlib
+import re
+import shutil
 import signal
 import sys
 import types
@@ -12,21 +15,27 @@ import numpy as np
 import optax
 import pytest
 
+from tests.programs import start
 from trace_jax import sharding
 from trace_jax.chips import CHIPS
-from trace_jax.config import Mesh, to_json
+from trace_jax.config import Mesh, load_config, to_json
 from trace_jax.data.builders import mbeir
 from trace_jax.data.pipeline import training_batches
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
 from trace_jax.training import metrics
+from trace_jax.training import train as module
+from trace_jax.training.checkpoint import Checkpoints
 from trace_jax.training.losses import SCALE, Mean, loss_parameters
+from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import (
     TrainState,
     host_batches,
+    init_optimizer,
     load_model,
     make_train_step,
     make_validation,
+    model_identity,
     restore_model,
     split_model,
     train,
@@ -70,24 +79,127 @@ def test_losses_fall_and_every_part_is_logged(straight):
     assert learned[0] == pytest.approx(straight.loss.temperature) and len(set(learned)) > 1
 
 
-def test_stopped_and_resumed_equals_straight_bit_for_bit(straight, fresh_config, monkeypatch):
-    from trace_jax.training import train as module
+def saved_state(config):
+    """(step, every array of the newest checkpoint: parameters, what the loss learns, and the optimizer's state)."""
+    mesh = sharding.make_mesh(config.mesh)
+    processor = Processor.from_hf(config.model.base, config.data)
+    _, trainable, _ = split_model(load_model(config, processor, mesh), config.model.trainable)
+    trainable |= loss_parameters(config.loss, sharding.replicated(mesh))
+    state = init_optimizer(make_optimizer(config.optimizer, config.training.steps), trainable, mesh)
+    checkpoints = Checkpoints(config, model_identity(config))
+    step, items = checkpoints.restore(trainable=trainable, optimizer=state)
+    checkpoints.close()
+    return step, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(items)}
 
-    real = metrics.describe
 
-    def describe(step, *rest):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)  # a preemption notice
-        return real(step, *rest)
+def notice_at(monkeypatch, wanted):
+    """A preemption notice (SIGTERM) while step `wanted` runs."""
+    real, moved = sharding.to_devices, []
 
-    monkeypatch.setattr(module.metrics, "describe", describe)
-    with pytest.raises(SystemExit) as stopped:
-        train(fresh_config)
+    def to_devices(batch, mesh):
+        moved.append(batch)
+        if len(moved) == wanted:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(batch, mesh)
+
+    monkeypatch.setattr(module.sharding, "to_devices", to_devices)
+    return moved
+
+
+@pytest.fixture(scope="module")
+def straight_state(straight):
+    return saved_state(straight)
+
+
+@pytest.fixture(scope="module")
+def halted(tiny_config, tmp_path_factory):
+    """Three steps of the same, ended by a preemption notice."""
+    config = dataclasses.replace(tiny_config, workdir=str(tmp_path_factory.mktemp("halted")))
+    with pytest.MonkeyPatch.context() as patch:
+        moved, said = notice_at(patch, 3), []
+        patch.setattr(module.log, "warning", lambda text, *values: said.append(text % values))
+        with pytest.raises(SystemExit) as stopped:
+            train(config)
     assert stopped.value.code == os.EX_TEMPFAIL == 75  # launch/tpu_vm.sh and launch/jobset.yaml know it
-    monkeypatch.setattr(module.metrics, "describe", real)
-    assert max(losses(fresh_config)) == 3
-    train(fresh_config)
-    assert losses(fresh_config) == losses(straight)
+    assert len(moved) == 3  # the notice is seen before another step starts
+    assert re.fullmatch(r"stopped at step 3 with a checkpoint, \d+\.\d s after the notice; the same .*", said[-1]), said
+    assert max(losses(config)) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    return config
+
+
+@pytest.mark.parametrize(
+    ("mesh", "rtol"), [(None, 0), (Mesh(data=2, fsdp=2, tensor=2), 1e-4)], ids=["same mesh", "another mesh"]
+)
+def test_stopped_and_resumed_equals_straight(straight, straight_state, halted, tmp_path, mesh, rtol):
+    """Bit for bit on the same mesh: parameters, both moments and what was logged; on another within rounding."""
+    shutil.copytree(halted.run_dir, tmp_path / "run")
+    config = dataclasses.replace(halted, workdir=str(tmp_path / "run"), mesh=mesh or halted.mesh)
+    train(config)
+    (step, arrays), (last, expected) = saved_state(config), straight_state
+    assert step == last == 6 and arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        reference = expected[name]
+        if mesh is None:
+            np.testing.assert_array_equal(array, reference, err_msg=name)
+        else:  # of the whole array: one element's rounding has a longer tail
+            assert np.linalg.norm(array - reference) <= rtol * np.linalg.norm(reference), name
+    ours, theirs = losses(config), losses(straight)
+    np.testing.assert_allclose([ours[s] for s in theirs], list(theirs.values()), rtol=rtol)
+
+
+def test_a_notice_during_a_validation_ends_it(straight, fresh_config, monkeypatch, caplog):
+    config = replace(fresh_config, validate_every=2, validation_batches=50)
+    with monkeypatch.context() as patch:
+        moved = notice_at(patch, 5)  # two steps, and three batches of the first validation
+        with pytest.raises(SystemExit):
+            train(config)
+    assert len(moved) == 5 and "stopped at step 2 with a checkpoint" in caplog.text
+    rows = metrics.read_metrics(config.run_dir)
+    assert [row["step"] for row in rows] == [1, 2] and "val_loss" not in rows[-1]
+    assert losses(config) == {step: losses(straight)[step] for step in (1, 2)}
+
+
+def test_a_checkpoint_is_written_when_its_minutes_are_over_and_pairs_without_room_are_told(
+    fresh_config, monkeypatch, caplog
+):
+    clock = [0.0]
+    monkeypatch.setattr(module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    real, saved = Checkpoints.save, []
+
+    def save(self, step, *rest, **options):
+        saved.append(step)
+        return real(self, step, *rest, **options)
+
+    def describe(step, *_):
+        clock[0] += 60.0
+        return ""
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(module.metrics, "describe", describe)
+    processor = Processor.from_hf(fresh_config.model.base, fresh_config.data)
+    rows = host_batches(fresh_config, processor, sharding.make_mesh(fresh_config.mesh)).capacity.rows // 2
+    config = dataclasses.replace(fresh_config, data=dataclasses.replace(fresh_config.data, rows=rows))
+    train(replace(config, steps=8, checkpoint_minutes=2.5))  # a step takes a minute
+    assert saved == [3, 6, 8]
+    for row in metrics.read_metrics(config.run_dir):
+        told = f"{row['dropped']:.3g} pairs a step found no room in their shard up to step {row['step']} "
+        assert row["dropped"] > 0 and told in caplog.text
+
+
+def test_a_kill_while_metrics_are_written_loses_no_row(fresh_config, monkeypatch):
+    log = metrics.MetricLog(fresh_config, 0, 1.0)
+    log.add(a_step())
+    log.write(1, {})
+    log.add(a_step())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(log._file), "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        log.write(2, {})
+    log.close()
+    assert [row["step"] for row in metrics.read_metrics(fresh_config.run_dir)] == [1]
 
 
 def test_a_finished_run_is_left_alone(straight):
@@ -113,8 +225,6 @@ def test_every_mesh_gives_the_same_losses(straight, fresh_config, mesh):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_before_a_checkpoint_and_keeps_its_batch(fresh_config, monkeypatch):
-    from trace_jax.training import train as module
-
     real, moved = sharding.to_devices, []
 
     def to_devices(batch, mesh):
@@ -153,9 +263,12 @@ def test_validation_and_profile_change_nothing(straight, fresh_config, monkeypat
     restored = restore_model(config, processor, mesh)
     graph, trainable, frozen = split_model(restored[1], config.model.trainable)
     scale = {SCALE: np.float32(-np.log(rows[6]["val_temperature"]))}
-    again = make_validation(graph, processor, config, mesh)(trainable | scale, frozen)
+    validate = make_validation(graph, processor, config, mesh)
+    again = validate(trainable | scale, frozen, lambda: False)
     for name in wanted:
         assert again[name] == pytest.approx(rows[6][name], abs=1e-5)
+    answers = iter([False, True])
+    assert validate(trainable | scale, frozen, lambda: next(answers)) is None  # after one batch of two
     pipeline = host_batches(config, processor, mesh, split="val")
     assert not set(pipeline.names(0).flat) & set(host_batches(config, processor, mesh).names(0).flat)
 
@@ -207,6 +320,24 @@ def test_weights_and_biases_by_switch(fresh_config, monkeypatch):
     assert said[0]["project"] == "trace" and said[0]["config"] == to_json(config) and said[0]["resume"] == "allow"
     step, row = said[1]
     assert step == 1 and row["loss"] == 1.5 and row["learning_rate"] == 0.5 and said[2] == "finish"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="needs the wandb package")
+def test_the_real_weights_and_biases_gets_every_step(fresh_config, tmp_path):
+    """Offline, as on a machine without an account; a run that goes on is the same run of theirs."""
+    data = dataclasses.replace(fresh_config.data, weights=load_config("emoji_tiny").data.weights)
+    for steps in (2, 3):
+        config = replace(dataclasses.replace(fresh_config, data=data), steps=steps, wandb="trace")
+        process = start("train", config, WANDB_MODE="offline", WANDB_DIR=str(tmp_path), JAX_NUM_CPU_DEVICES="2")
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime)
+    assert len(files) == 2 and files[0].name == files[1].name  # named by the run directory
+    for file in files:
+        stored = file.read_bytes()
+        for name in (b"loss_ret", b"recall_in_batch", b"tokens_per_second", b"row_length"):
+            assert name in stored, name
 
 
 @pytest.mark.parametrize(

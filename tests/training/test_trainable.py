@@ -18,7 +18,17 @@ from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters
 from trace_jax.training.checkpoint import Checkpoints
 from trace_jax.training.optimizer import make_optimizer, step_of
-from trace_jax.training.train import init_optimizer, load_model, merge_model, model_identity, restore_model, split_model
+from trace_jax.training.train import (
+    TrainState,
+    host_batches,
+    init_optimizer,
+    load_model,
+    make_train_step,
+    merge_model,
+    model_identity,
+    restore_model,
+    split_model,
+)
 
 FULL = (r".*",)
 
@@ -108,6 +118,30 @@ def test_full_fine_tuning_trains_everything(tiny_config):
     after = traverse_util.flatten_dict(step(chosen, tiny.inputs()))
     for path, before in traverse_util.flatten_dict(chosen).items():
         assert (after[path] != before).any(), path
+
+
+@pytest.mark.parametrize("trainable", [FULL, (r"language/.*/bias",)], ids=["all", "some"])
+def test_what_trains_is_float32_whatever_the_base_is(tiny_config, trainable):
+    """And the optimizer's moments with it, also after a step in bfloat16: nu * 0.98 of bfloat16 would stay nu."""
+    model = dataclasses.replace(
+        tiny_config.model, lora=None, trainable=trainable, dtype="bfloat16", param_dtype="bfloat16"
+    )
+    config = dataclasses.replace(tiny_config, model=model)
+    mesh, processor = sharding.make_mesh(config.mesh), Processor.from_hf(config.model.base, config.data)
+    graph, chosen, frozen = split_model(load_model(config, processor, mesh), trainable)
+    assert {leaf.dtype for leaf in jax.tree.leaves(chosen)} == {jnp.dtype(jnp.float32)}
+    own = {path for path in paths(frozen) if path.startswith("projector/") or path == "emb_row"}
+    for path, leaf in traverse_util.flatten_dict(frozen).items():
+        assert leaf.dtype == (jnp.float32 if "/".join(path) in own else jnp.bfloat16), path
+    optimizer = make_optimizer(config.optimizer, 10)
+    state = init_optimizer(optimizer, chosen, mesh)
+    shardings = jax.tree.map(lambda array: array.sharding, TrainState(chosen, state))
+    step = make_train_step(graph, optimizer, processor.emb, config, shardings)
+    batch = sharding.to_devices(host_batches(config, processor, mesh).batches[0], mesh)
+    with jax.set_mesh(mesh):
+        after, measured = step(TrainState(chosen, state), frozen, batch)
+    assert np.isfinite(float(measured["loss"].value()))
+    assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(jnp.float32)}
 
 
 def test_a_bfloat16_base_has_float32_adapters_through_a_checkpoint(fresh_config):

@@ -21,7 +21,7 @@ from trace_jax.data.schema import Batch, Inputs
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.flops import forward_flops, model_flops
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
-from trace_jax.model.weights import flat_parameters
+from trace_jax.model.weights import flat_parameters, stored_dtype
 from trace_jax.retrieval import embedder, generation
 from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Rows, rounded
 from trace_jax.training.losses import loss_parameters
@@ -102,7 +102,9 @@ def abstract_model(config: Config, architecture: Architecture, mesh: jax.shardin
     )
     placed = {
         tuple(path.split("/")): jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=sharding.sharding_of(path, leaf.shape, mesh)
+            leaf.shape,
+            stored_dtype(path, leaf.dtype, run.trainable),
+            sharding=sharding.sharding_of(path, leaf.shape, mesh),
         )
         for path, leaf in flat_parameters(model).items()
     }
@@ -166,6 +168,7 @@ def train_program(config: Config, architecture: Architecture, mesh: jax.sharding
     batch = Batch(
         inputs=inputs,
         query_index=_split(mesh, pairs, jnp.int32),
+        query_key=_split(mesh, pairs, jnp.int32),
         document_index=_split(mesh, pairs, jnp.int32),
         document_key=_split(mesh, pairs, jnp.int32),
         negative_index=_split(mesh, negatives, jnp.int32),

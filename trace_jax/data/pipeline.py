@@ -9,6 +9,7 @@ import bisect
 import collections
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -116,6 +117,7 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
             document=document(did),
             target=trace(record, config.data.trace),
             task=record["task_id"],
+            query_key=_query_key(record),
             document_key=mbeir.hash_did(did),
             positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
             negatives=tuple((document(str(negative)), mbeir.hash_did(negative)) for negative in negatives),
@@ -128,6 +130,15 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
         rows[TASKS[task]].append(row)
     joined = _Joined(queries)
     return {name: _endless(_Rows(joined, at), seed, name, draw) for name, at in rows.items()}
+
+
+def _query_key(record: Any) -> int:
+    """Names what a query asks, by its task, its text and its pictures as they are stored: 31 bits, as `hash_did`'s."""
+    parts = (str(record["task_id"]).encode(), record["query_txt"].encode(), *record["images"])
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(digest.digest()[:4], "little") >> 1
 
 
 def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, mbeir.Trace]:
@@ -296,6 +307,7 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
     out = {
         "inputs": packed.inputs,
         "query_index": np.full(pairs, -1, np.int32),
+        "query_key": np.full(pairs, -1, np.int32),
         "document_index": np.full(pairs, -1, np.int32),
         "document_key": np.full(pairs, -1, np.int32),
         "negative_index": np.full((pairs, data.hard_negatives), -1, np.int32),
@@ -319,6 +331,7 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
         out["reasoned"][i] = len(item.targets) > 1
         if item.documents:
             ends = [place + len(sequence) - 1 for place, sequence in zip(places, item.sequences, strict=True)]
+            out["query_key"][i] = item.example.query_key
             out["document_index"][i] = ends[1]
             out["negative_index"][i, : len(ends) - 2] = ends[2:]
             out["negative_key"][i, : len(ends) - 2] = [key for _, key in item.example.negatives]

@@ -84,13 +84,15 @@ class Example:
 
     `target` is what the model shall write before the closing token: the trace R of the paper, empty for a simple
     query. `positives` are the document keys that must never count as this query's negatives; the pair's own
-    document is among them. `negatives` are (document, key) of wrong answers that lie near.
+    document is among them. Examples of one `query_key` ask the same, so that what is right for one is right for all.
+    `negatives` are (document, key) of wrong answers that lie near.
     """
 
     query: Query
     document: Document | None
     target: str
     task: int
+    query_key: int = 0
     document_key: int = 0
     positives: tuple[int, ...] = ()
     negatives: tuple[tuple[Document, int], ...] = ()
@@ -121,6 +123,7 @@ class Batch(NamedTuple):
 
     inputs: Inputs
     query_index: Array  # [S, B] int32: the state that predicts <|emb|>; -1 where the slot holds no pair
+    query_key: Array  # [S, B] int32: equal keys are the same query, whatever its qid; -1 as above
     document_index: Array  # [S, B] int32: likewise for the pair's document
     document_key: Array  # [S, B] int32: equal keys are the same document
     negative_index: Array  # [S, B, H] int32: likewise for hard negatives; -1 where a query has fewer

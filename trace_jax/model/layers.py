@@ -2,7 +2,7 @@
 
 The dtype policy is written here, once: parameters are stored in `DTypes.params`, matrix products run in
 `DTypes.compute`; norms and rotary angles are float32, and so is everything that TRACE trains (LoRA, projector,
-the row of <|emb|>).
+the row of <|emb|>). Whatever else trains is loaded in float32 (`weights.stored_dtype`).
 """
 
 import dataclasses

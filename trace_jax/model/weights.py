@@ -15,7 +15,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,15 @@ def sources(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -
             inner = inner[::-1]
         table[path] = Source(keys, stacked, tuple(inner), transposed)
     return table
+
+
+def stored_dtype(path: str, dtype: Any, trained: Sequence[str]) -> np.dtype:
+    """What a parameter of the model's own `dtype` is kept in: float32 where a regex of `trained` matches its path.
+
+    Training takes steps that are small beside the weights, and bfloat16 would swallow most of them. Int8 stays int8.
+    """
+    trains = any(re.fullmatch(pattern, path) for pattern in trained)
+    return np.dtype(jnp.float32 if trains and dtype != jnp.int8 else dtype)
 
 
 def hub_name(key: str) -> str:
@@ -291,14 +300,15 @@ def load(
     init_emb_from: int | None = None,
     shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
     seed: int = 0,
+    trained: Sequence[str] = (),
     **options: Any,
 ) -> Qwen2_5_VL:
     """Reads a Hugging Face folder, or one of `save_base`, into a model; `options` are those of Qwen2_5_VL (dtype, ...).
 
     `architecture` defaults to the folder's config.json. `emb_row` starts as the head's row `init_emb_from` (default:
-    emb_token_id's own row, as `save` wrote it). LoRA is drawn from `seed`. `shardings(path, shape)` places each
-    parameter; every process reads only its own part. Raises FileNotFoundError, or ValueError listing every missing,
-    unexpected and mis-shaped tensor.
+    emb_token_id's own row, as `save` wrote it). LoRA is drawn from `seed`. What `trained` matches is kept in float32
+    (`stored_dtype`). `shardings(path, shape)` places each parameter; every process reads only its own part. Raises
+    FileNotFoundError, or ValueError listing every missing, unexpected and mis-shaped tensor.
     """
     folder = epath.Path(folder)
     architecture = architecture or Architecture.from_hf(folder)
@@ -310,7 +320,9 @@ def load(
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         path: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=shardings(path, leaf.shape) if shardings else default
+            leaf.shape,
+            stored_dtype(path, leaf.dtype, trained),
+            sharding=shardings(path, leaf.shape) if shardings else default,
         )
         for path, leaf in flat_parameters(model).items()
     }

@@ -171,7 +171,8 @@ class Retriever:
         """
         _, trainable, _ = split_model(self.model, self.config.model.trainable)
         digest = hashlib.sha256()
-        flat = {"/".join(map(str, path)): value for path, value in traverse_util.flatten_dict(trainable).items()}
+        paths: dict[tuple, Any] = traverse_util.flatten_dict(trainable)
+        flat = {"/".join(map(str, path)): parameter for path, parameter in paths.items()}
         for path, parameter in sorted(flat.items()):
             own = parameter.is_fully_addressable
             values = np.asarray(parameter if own else multihost_utils.process_allgather(parameter, tiled=True))

@@ -81,19 +81,21 @@ def convert_base(source: str, folder: str, mesh: jax.sharding.Mesh, dtype: str) 
                 (target / file.name).write_bytes(file.read_bytes())
 
 
-def export_merged(config: Config, folder: str, *, step: int | None = None, dtype: str | None = None) -> None:
+def export_merged(config: Config, folder: str, *, step: int | None = None, dtype: str = "float32") -> None:
     """Writes a run's checkpoint (the newest, or of `step`) as a plain Qwen2.5-VL for transformers.
 
-    `dtype` is that of the files, by default the base's. Raises CheckpointError when there is no checkpoint,
-    FileExistsError when `folder` is there already, and ValueError for an ablation that embeds otherwise than TRACE.
+    `dtype` is that of the files: bfloat16 rounds what was trained, and the model card then says so. Raises
+    CheckpointError when there is no checkpoint, FileExistsError when `folder` is there already, and ValueError for an
+    ablation that embeds otherwise than TRACE.
     """
+    whole = config
     if config.model.param_dtype == "int8":  # the base's own weights are merged into, not their rounding
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
+        whole = dataclasses.replace(config, model=dataclasses.replace(config.model, param_dtype="bfloat16"))
     with _whole(folder) as partial:
-        processor, step, model = _restored(config, step)
+        processor, step, model = _restored(whole, step)
         _copy_texts(config, processor, partial)
-        weights.save(model, partial, dtype=jnp.dtype(dtype or config.model.param_dtype))
-        (partial / "README.md").write_text(_card(config, step, processor, adapter=False))
+        weights.save(model, partial, dtype=jnp.dtype(dtype))
+        (partial / "README.md").write_text(_card(config, step, processor, adapter=False, dtype=dtype))
 
 
 def export_adapter(config: Config, folder: str, *, step: int | None = None) -> None:
@@ -108,7 +110,7 @@ def export_adapter(config: Config, folder: str, *, step: int | None = None) -> N
         (partial / "config.json").unlink()  # an adapter's folder has none: transformers takes it for a model's
         fingerprint = weights.fingerprint(config.model.base)
         save_adapter(model, _lora(config), partial, base=_origin(config), fingerprint=fingerprint)
-        (partial / "README.md").write_text(_card(config, step, processor, adapter=True))
+        (partial / "README.md").write_text(_card(config, step, processor, adapter=True, dtype="float32"))
 
 
 def import_adapter(config: Config, folder: str) -> None:
@@ -282,7 +284,20 @@ def _snippet(config: Config, base: str, *, adapter: bool) -> str:
     )
 
 
-def _card(config: Config, step: int, processor: Processor, *, adapter: bool) -> str:
+def _promise(config: Config, *, adapter: bool, dtype: str) -> str:
+    """What the snippet's embeddings are to the run's own; the files' `dtype` and the run's options decide."""
+    alone = f"with transformers{' and PEFT' if adapter else ''} alone, in float32"
+    reasons = {
+        "these files are in bfloat16, to which what was trained is rounded": dtype == "bfloat16",
+        "the run has its base in int8, this one is not rounded": config.model.param_dtype == "int8",
+        "the run multiplies matrices in bfloat16": config.model.dtype == "bfloat16",
+    }
+    if given := [reason for reason, holds in reasons.items() if holds]:
+        return f"Embeddings {alone}. They are near those of the run, not the same: {'; '.join(given)}."
+    return f"The same embeddings {alone}:"
+
+
+def _card(config: Config, step: int, processor: Processor, *, adapter: bool, dtype: str) -> str:
     """README.md of an export."""
     what = "a PEFT adapter (LoRA, the projector and the row of `<|emb|>`)" if adapter else "a plain Qwen2.5-VL"
     base = _origin(config)
@@ -299,7 +314,7 @@ A TRACE retriever (arXiv 2603.02929), exported from trace_jax as {what}.
   model may write a chain of thought before it (at most {config.evaluation.max_trace_tokens} tokens).
 - Images have {config.data.min_pixels} to {config.data.max_pixels} pixels (`{PROCESSOR}`).
 
-The same embeddings with transformers{" and PEFT" if adapter else ""} alone, in float32:
+{_promise(config, adapter=adapter, dtype=dtype)}
 
 ```python
 {_snippet(config, base, adapter=adapter)}```

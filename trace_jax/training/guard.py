@@ -69,8 +69,10 @@ class Guard:
         file = save_batch(self.config.run_dir, step, batch, self.pipeline.names(step - 1))
         raise FloatingPointError(
             f"{reason}. Its batch is in {file}: np.load(...)['names'] are the records, shard by shard, the other arrays"
-            " are the fields of Batch and Inputs (trace_jax/data/schema.py). Mend a record that is wrong, or lower"
-            " --optimizer.learning-rate; the same command goes on from the newest checkpoint, which is from before."
+            " are the fields of Batch and Inputs (trace_jax/data/schema.py). Mend a record that is wrong, or raise"
+            " --training.spike if the leap does no harm: the same command goes on from the newest checkpoint, which is"
+            " from before. With another --optimizer.learning-rate or --training.seed it is another run, in another"
+            " --workdir."
         )
 
 

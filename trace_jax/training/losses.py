@@ -108,6 +108,7 @@ def info_nce(
     documents: Documents,
     negatives: Documents,
     *,
+    query_key: jax.Array,
     positives: jax.Array,
     temperature: float | jax.Array,
     both_directions: bool = False,
@@ -118,9 +119,10 @@ def info_nce(
     document that is known to be right for it, and hard negatives have no part.
 
     queries [N, D] normalised; `documents` are N, of which query n's own is the n-th, and a query is valid where it is;
-    `negatives` are hard ones, any number; positives [N, K]. A document that is known to be right for a query (its key
-    is among the query's positives) is never its negative. Returns the loss and the recall@1 within the batch. The
-    arrays are global: the compiler gathers the documents across devices.
+    `negatives` are hard ones, any number; query_key [N], positives [N, K]. A document that is known to be right for a
+    query is never its negative: its key is among the query's positives, or it is the own document of the same query
+    (an equal key), under another id or by a right answer beyond the first K. Returns the loss and the recall@1 within
+    the batch. The arrays are global: the compiler gathers the documents across devices.
     """
 
     def scored(candidates: Documents) -> tuple[jax.Array, jax.Array]:
@@ -133,8 +135,8 @@ def info_nce(
         return scores, candidates.valid[None, :] & ~known
 
     square, counted = scored(documents)
-    own_pair = jnp.eye(len(queries), dtype=bool)
-    scores = square = jnp.where(counted | own_pair, square, MASKED)
+    own_pair, same = jnp.eye(len(queries), dtype=bool), query_key[:, None] == query_key[None, :]
+    scores = square = jnp.where((counted & ~same) | own_pair, square, MASKED)
     own = jnp.diagonal(square)
     if len(negatives.key):  # beside the others: rows are split over devices, columns are not
         hard, counted = scored(negatives)
@@ -201,6 +203,7 @@ def hybrid_loss(
             queries,
             Documents(documents, batch.document_key.reshape(-1), valid),
             Documents(negatives, batch.negative_key.reshape(-1), batch.negative_index.reshape(-1) >= 0),
+            query_key=batch.query_key.reshape(-1),
             positives=batch.positives.reshape(-1, batch.positives.shape[-1]),
             temperature=temperature,
             both_directions=options.both_directions,

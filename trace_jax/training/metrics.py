@@ -70,8 +70,10 @@ class MetricLog:
         means |= _devices(self._step_flops * steps / seconds)
         self._sums, self._waited, self._aside, self._last = [], 0.0, 0.0, (now, step)
         self._rows.append({"step": step} | {name: round(value, 6) for name, value in means.items()})
-        if self._writes:
-            self._file.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        if self._writes:  # beside its place, then renamed: a kill in between loses no row
+            partial = self._file.with_name(f".{self._file.name}.partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+            partial.replace(self._file)
         for name, value in means.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:

@@ -5,13 +5,14 @@ trainable and which losses count.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import re
 import signal
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,8 @@ class TrainState(NamedTuple):
 def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) -> Qwen2_5_VL:
     """The base of a configuration with fresh adapters and a fresh <|emb|>, read straight into its shards.
 
+    What trains is float32, whatever the base is.
+
     <|emb|> starts as the token that ends a turn, which the base already says when it has nothing more to say.
     """
     return weights.load(
@@ -58,6 +61,7 @@ def load_model(config: Config, processor: Processor, mesh: jax.sharding.Mesh) ->
         emb_token_id=processor.emb,
         init_emb_from=processor.end,
         seed=config.training.seed,
+        trained=config.model.trainable,
         shardings=lambda path, shape: sharding.sharding_of(path, shape, mesh),
         dtype=jnp.dtype(config.model.dtype),
         param_dtype=jnp.dtype(config.model.param_dtype),
@@ -170,19 +174,22 @@ def make_train_step(
 
 def make_validation(
     graph: nnx.GraphDef, processor: Processor, config: Config, mesh: jax.sharding.Mesh
-) -> Callable[[dict, dict], dict[str, float]]:
-    """(trainable, frozen) -> means over the first `validation_batches` of the validation split, named val_*.
+) -> Callable[[dict, dict, Callable[[], bool]], dict[str, float] | None]:
+    """(trainable, frozen, stop) -> means over the first `validation_batches` of the validation split, named val_*.
 
-    Always the same batches, without hard negatives, random zooms and dropout: only the model changes.
+    Always the same batches, without hard negatives, random zooms and dropout: only the model changes. `stop` is asked
+    before each of them; once it says yes the result is None.
     """
     data = dataclasses.replace(config.data, hard_negatives=0, jitter=0.0)
     batches = host_batches(dataclasses.replace(config, data=data), processor, mesh, split="val").batches
     loss_fn = make_loss(graph, processor.emb, config)
     measure = jax.jit(lambda trainable, frozen, batch: loss_fn(trainable, frozen, batch, None)[1])
 
-    def validate(trainable: dict, frozen: dict) -> dict[str, float]:
+    def validate(trainable: dict, frozen: dict, stop: Callable[[], bool]) -> dict[str, float] | None:
         found = []
         for index in range(config.training.validation_batches):
+            if stop():
+                return None
             batch = sharding.to_devices(batches[index], mesh)
             with jax.set_mesh(mesh):
                 found.append(jax.device_get(measure(trainable, frozen, batch)))
@@ -193,9 +200,12 @@ def make_validation(
 
 
 def host_batches(config: Config, processor: Processor, mesh: jax.sharding.Mesh, split: str = "train") -> Pipeline:
-    """The batches of this host for the mesh's devices, in as many shards as they have times `training.chunks`."""
+    """The batches of this host for the mesh's devices, in as many shards as they have times `training.chunks`.
+
+    Raises ValueError where the hosts' devices do not hold even parts of a batch (`sharding.data_host`).
+    """
     shards = sharding.data_shards(mesh) * config.training.chunks
-    host, hosts = jax.process_index(), jax.process_count()
+    host, hosts = sharding.data_host(mesh, jax.process_index())
     return training_batches(config, processor, shards=shards, host=host, hosts=hosts, split=split)
 
 
@@ -267,21 +277,29 @@ def train(config: Config) -> bool:
     every = config.training.validate_every
     validate = make_validation(graph, processor, config, mesh) if every else None
 
-    # A preemption notice ends the loop after the running step, with a checkpoint; several processes agree on the step
-    notices = []
+    # A preemption notice ends the loop before the next step, with a checkpoint; several processes agree on that step by
+    # counting how often they look
+    notices, looks = [], itertools.count(start + 1)
     alone, first = jax.process_count() == 1, jax.process_index() == 0
-    previous = signal.signal(signal.SIGTERM, lambda *_: notices.append(True)) if alone else None
+    previous = signal.signal(signal.SIGTERM, lambda *_: notices.append(time.monotonic())) if alone else None
 
     def overdue() -> bool:
         late = np.array(time.monotonic() - saved > 60 * config.training.checkpoint_minutes)
         return bool(late if alone else multihost_utils.broadcast_one_to_all(late))
 
-    def preempted(step: int) -> bool:
-        return bool(notices) if alone else multihost_utils.reached_preemption_sync_point(step)
+    def preempted() -> bool:
+        return bool(notices) if alone else multihost_utils.reached_preemption_sync_point(next(looks))
+
+    def stop(step: int) -> NoReturn:
+        guard.settle()
+        checkpoints.save(step, state.trainable, state.opt_state, wait=True)
+        after = f", {time.monotonic() - notices[0]:.1f} s after the notice" if notices else ""
+        log.warning("stopped at step %d with a checkpoint%s; the same command goes on from there", step, after)
+        raise SystemExit(os.EX_TEMPFAIL)  # neither done nor failed
 
     # Loop
     epath.Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    shards = pipeline.shards * jax.process_count()
+    shards = sharding.data_shards(mesh) * config.training.chunks
     needed = model_flops(Architecture.from_hf(config.model.base), config, pipeline.capacity, shards)
     writer = metrics.MetricLog(config, start, sum(needed.values()))
     guard = Guard(config, pipeline)
@@ -298,10 +316,12 @@ def train(config: Config) -> bool:
     )
     try:
         for step in range(start + 1, steps + 1):
-            if step == profile[0]:
-                jax.profiler.start_trace(f"{config.run_dir}/profile")
             with writer.waiting():
                 own = next(batches)
+            if preempted():
+                stop(step - 1)
+            if step == profile[0]:
+                jax.profiler.start_trace(f"{config.run_dir}/profile")
             with jax.set_mesh(mesh):
                 state, measured = train_step(state, frozen, sharding.to_devices(own, mesh))
             writer.add(measured)
@@ -313,22 +333,21 @@ def train(config: Config) -> bool:
             due = every > 0 and (step % every == 0 or step == steps)
             if step % config.training.log_every == 0 or step == steps or due:
                 guard.settle()
-                extra = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}
+                extra, seen = {"learning_rate": float(jnp.asarray(schedule(step - 1)))}, {}
                 if validate is not None and due:
                     with writer.aside():
-                        extra |= validate(state.trainable, frozen)
-                means = writer.write(step, extra)
+                        seen = validate(state.trainable, frozen, preempted)
+                means = writer.write(step, extra | (seen or {}))
                 if first:
                     tqdm.write(metrics.describe(step, steps, means))
-            stop = preempted(step)
+                    _warn_of_dropped(step, means["dropped"])
+                if seen is None:  # a notice came while it looked
+                    stop(step)
             scheduled = step % config.training.checkpoint_every == 0 or step == steps
-            if scheduled or stop or (step % config.training.log_every == 0 and overdue()):
+            if scheduled or (step % config.training.log_every == 0 and overdue()):
                 guard.settle()
-                checkpoints.save(step, state.trainable, state.opt_state, wait=stop)
+                checkpoints.save(step, state.trainable, state.opt_state)
                 saved = time.monotonic()
-            if stop:
-                log.warning("stopped at step %d with a checkpoint; the same command goes on from there", step)
-                raise SystemExit(os.EX_TEMPFAIL)  # neither done nor failed
     finally:
         if alone:
             signal.signal(signal.SIGTERM, previous)
@@ -336,3 +355,14 @@ def train(config: Config) -> bool:
         writer.close()
         checkpoints.close()
     return True
+
+
+def _warn_of_dropped(step: int, dropped: float) -> None:
+    """Says that pairs, so many a step on average, were left out of batches for want of room."""
+    if dropped:
+        log.warning(
+            "%.3g pairs a step found no room in their shard up to step %d and were not trained on; raise --data.rows,"
+            " or --data.patch-rows if pictures want it (both may change in the midst of a run)",
+            dropped,
+            step,
+        )
