@@ -78,11 +78,13 @@ def main(arguments: Arguments) -> None:
         source = epath.Path(arguments.source)
         if not source.is_dir():
             raise mbeir.ReleaseError(f"{source} is no folder; give the one that holds query/ and cand_pool/")
-        if "://" in arguments.source:
+        if "://" in arguments.source or arguments.name in unseen.SETS:
             release = folder / "release"
+            if release.is_symlink():
+                release.unlink()  # what is written next is no change of a release elsewhere
+        if "://" in arguments.source:
             copy_texts(source, release)
         if arguments.name in unseen.SETS:
-            release = folder / "release"
             unseen.write(arguments.name, pathlib.Path(arguments.source), release)
         report = check(
             release,

@@ -417,7 +417,9 @@ class Part:
         picture = pictures(epath.Path(images))
         traces = load_traces(release, self.traces) if self.traces else {}
         kind = MbeirQueries if self.traces else MbeirCandidates
-        builder = kind(self.split, self.path, records / kind.name / self.split, picture, traces)
+        folder = records / kind.name / self.split
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was stopped: TFDS would reuse it, with no index
+        builder = kind(self.split, self.path, folder, picture, traces)
         with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads that there are none
             builder.download_and_prepare()
         path = self.index(records)
@@ -432,11 +434,26 @@ def parts_of(release: Path) -> list[Part]:
     return queries + [Part(split, path) for split, path in pool_files(release).items()]
 
 
+def _refuse_another(release: Path, place: Path) -> None:
+    """Raises ReleaseError where a real folder, and no link, holds other qrels or prompts than those of the release."""
+    if place.is_symlink() or not place.exists():
+        return
+    for name in ("qrels", "instructions"):
+        if (place / name).resolve() != (release / name).resolve():
+            raise ReleaseError(
+                f"{place} holds {name} other than those of {release}, beside whose records they would be read: move"
+                " that folder away, or give the data another name"
+            )
+
+
 def link_release(release: Path, folder: Path) -> None:
-    """Makes folder/release a link to a release that lies elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "release").exists():
-        (folder / "release").symlink_to(release.resolve())
+    """Makes folder/release a link to a release that lies elsewhere, whatever it linked to before."""
+    link, beside = folder / "release", folder / "release.partial"
+    if link.resolve() == release or (link.is_dir() and not link.is_symlink()):
+        return
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(release)
+    beside.replace(link)
 
 
 def one_by_one(write: Callable[[Part], None], parts: Sequence[Part]) -> None:
@@ -462,9 +479,11 @@ def build(
     release, folder = Path(release).resolve(), Path(folder)
     if not query_files(release) or not pool_files(release):
         raise ReleaseError(f"{release}: no query/ or cand_pool/local/ files; is this an M-BEIR release?")
-    link_release(release, folder)
+    _refuse_another(release, folder / "release")
+    folder.mkdir(parents=True, exist_ok=True)
     records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release)}
     if _read_json(records / "stamp.json") == stamp:
+        link_release(release, folder)
         return False
     partial = folder / "records.partial"
     if _read_json(partial / "stamp.json") != stamp:
@@ -475,6 +494,7 @@ def build(
     left = [part for part in parts_of(release) if not part.index(partial).exists()]
     run(functools.partial(Part.write, release=release, records=partial, images=images or str(release)), left)
     shutil.rmtree(records, ignore_errors=True)
+    link_release(release, folder)  # while there are no records: those of one release never lie beside another
     partial.rename(records)
     return True
 
