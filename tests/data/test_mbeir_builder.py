@@ -251,6 +251,13 @@ def test_truncated_picture(release, tmp_path, data, message):
         mbeir.build(release, tmp_path)
 
 
+def test_a_whole_picture_with_something_behind_its_end_is_taken(release, tmp_path):
+    longer = RED + bytes(100)
+    (release / "mbeir_images/a/red.png").write_bytes(longer)
+    mbeir.build(release, tmp_path)
+    assert mbeir.load_queries(tmp_path, "train")[0]["images"] == [longer]
+
+
 def test_not_a_release(tmp_path):
     with pytest.raises(mbeir.ReleaseError, match="is this an M-BEIR release"):
         mbeir.build(tmp_path, tmp_path / "data")
