@@ -6,6 +6,7 @@ docs/reproduction.md) says which of the paper's claims hold. emoji_quick is the 
 """
 
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -27,6 +28,8 @@ STAGES = {
 def run(suite: Suite) -> str:
     """Runs what is missing of a suite and returns its page. Raises SystemExit with the command that fails."""
     results, seconds = {}, 0.0
+    compiled = str(pathlib.Path(suite.folder).resolve() / "compiled")  # one for all: most of them run the same programs
+    environment = {"JAX_COMPILATION_CACHE_DIR": compiled} | os.environ
     for variant in suite.variants:
         for seed in suite.seeds:
             config, options = config_of(suite, variant, seed)
@@ -36,7 +39,7 @@ def run(suite: Suite) -> str:
                 modes = [",".join(modes_of(variant))] if stage == "evaluate" else []
                 command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), *options, *own, *modes]
                 logging.info("%s, seed %d: %s", variant, seed, stage)
-                if subprocess.run(command, check=False).returncode:
+                if subprocess.run(command, check=False, env=environment).returncode:
                     raise SystemExit(f"error: this failed: {' '.join(command)}")
             results.setdefault(variant, []).append(finished(config))
             seconds += seconds_of(config)

@@ -37,8 +37,9 @@ class Arguments:
     """The release: a folder, or gs://BUCKET/FOLDER."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """The folder that holds every data set; this one goes to its subfolder NAME."""
-    accept: tuple[Literal["dangling ids", "duplicate ids"], ...] = ()
-    """Faults that you have looked at and want counted only. A training query still needs its right answers."""
+    accept: tuple[Literal["missing pictures", "undecodable", "empty", "dangling ids", "duplicate ids"], ...] = ()
+    """Faults that you have looked at. Records without their text or a good picture are left out and listed in
+    records/dropped.jsonl; ids are counted only, and a training query still needs its right answers."""
     only_check: bool = False
     """Print the table and build nothing."""
     runner: str = ""
@@ -78,11 +79,13 @@ def main(arguments: Arguments) -> None:
         source = epath.Path(arguments.source)
         if not source.is_dir():
             raise mbeir.ReleaseError(f"{source} is no folder; give the one that holds query/ and cand_pool/")
-        if "://" in arguments.source:
+        if "://" in arguments.source or arguments.name in unseen.SETS:
             release = folder / "release"
+            if release.is_symlink():
+                release.unlink()  # what is written next is no change of a release elsewhere
+        if "://" in arguments.source:
             copy_texts(source, release)
         if arguments.name in unseen.SETS:
-            release = folder / "release"
             unseen.write(arguments.name, pathlib.Path(arguments.source), release)
         report = check(
             release,
@@ -98,8 +101,10 @@ def main(arguments: Arguments) -> None:
         run = mbeir.one_by_one
         if arguments.runner:
             run = functools.partial(with_beam, runner=arguments.runner, options=arguments.beam_options)
-        stage.worked = mbeir.build(release, folder, images=arguments.source, run=run)
+        stage.worked = mbeir.build(release, folder, images=arguments.source, dropped=report.dropped, run=run)
     stamp = json.loads((folder / "records/stamp.json").read_text())
+    if report.dropped:
+        print(f"{len(report.dropped):,} records are left out, listed in {folder / 'records/dropped.jsonl'}", flush=True)
     print(f"{folder / 'records'}: {'written' if stage.worked else 'complete'}, {stamp['fingerprint'][:12]}", flush=True)
 
 

@@ -127,6 +127,15 @@ def test_retry_after_is_honoured(value):
     assert isinstance(results[0], Answer) and times[1] - times[0] >= (0.3 if value == "0.3" else 0.4)
 
 
+@pytest.mark.parametrize(("said", "limit", "waits"), [("0.5", 900.0, (0.5, 60)), ("30", 0.1, (0.1, 20))])
+def test_retry_after_is_obeyed_beyond_the_longest_backoff_up_to_a_limit_of_its_own(said, limit, waits):
+    def handler(n, request):
+        return web.Response(status=429, headers={"Retry-After": said}) if n == 1 else good()
+
+    results, times = ask(handler, [REQUEST], max_backoff=0.05, max_retry_after=limit)
+    assert isinstance(results[0], Answer) and waits[0] <= times[1] - times[0] < waits[1]
+
+
 @pytest.mark.parametrize("headers", [{"Retry-After": "0.4"}, {}])
 def test_a_limit_of_one_holds_the_others_back(headers):
     def handler(n, request):

@@ -226,6 +226,114 @@ def test_blank_pictures_are_counted_and_good_ones_are_not_decoded_again(release,
         assert [row.file for row in report.rows if row.counts.get("blank")] == [QUERIES]
 
 
+def test_a_picture_that_changed_is_decoded_again(release, tmp_path):
+    check(release, tmp_path / "kept", complete=True).raise_for_problems()
+    shown = json.loads((release / QUERIES).read_text().splitlines()[0])["query_img_path"]
+    good = (release / shown).read_bytes()
+    (release / shown).write_bytes(good[:-200])
+    with pytest.raises(mbeir.ReleaseError, match="line 1: .*cannot be decoded"):
+        check(release, tmp_path / "kept", complete=True).raise_for_problems()
+    (release / shown).write_bytes(good)
+    check(release, tmp_path / "kept", complete=True).raise_for_problems()
+
+
+def test_a_bad_picture_is_never_remembered_as_good(release, tmp_path):
+    picture(lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2))(release)
+    for _ in range(2):
+        with pytest.raises(mbeir.ReleaseError, match="line 2: .*cannot be decoded"):
+            check(release, tmp_path / "kept", complete=True).raise_for_problems()
+    picture(lambda data: data)(release)  # of the same size
+    check(release, tmp_path / "kept", complete=True).raise_for_problems()
+
+
+def test_records_whose_fault_was_accepted_are_left_out_and_listed(release, tmp_path):
+    home = f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+    asked = [json.loads(line) for line in (release / TRAIN).read_text().splitlines()]
+    pool = [json.loads(line) for line in (release / home).read_text().splitlines()]
+    answered = next(i for i, record in enumerate(pool) if record["modality"] == "image")  # the answer of a query
+    gone = pool[answered]["did"]
+    lost = [i for i, query in enumerate(asked) if query["pos_cand_list"] in ([gone], [{"did": gone}])]
+    assert lost
+    (release / "mbeir_images/own.jpg").write_bytes(b"<html>404</html>")
+    change(home, answered + 1, img_path="mbeir_images/own.jpg")(release)
+    change(QUERIES, 1, query_img_path="mbeir_images/own.jpg")(release)
+    change(CAPTIONS, 2, query_txt=None)(release)
+    change(POOL, 3, img_path="mbeir_images/nowhere.jpg")(release)
+    accepted = ("empty", "undecodable", "missing pictures")
+    with pytest.raises(mbeir.ReleaseError, match="there is no text"):
+        check(release, tmp_path / "kept", complete=True, accepted=accepted[1:]).raise_for_problems()
+    with pytest.raises(mbeir.ReleaseError, match="1 problems .*\n.*nowhere"):
+        check(release, tmp_path / "kept", complete=True, accepted=accepted[:2]).raise_for_problems()
+    arguments = prepare_data.Arguments("mbeir", str(release), data_dir=tmp_path / "data", accept=accepted)
+    prepare_data.main(arguments)
+    folder = tmp_path / "data/mbeir"
+    listed = [json.loads(line) for line in (folder / "records/dropped.jsonl").read_text().splitlines()]
+    why = {(drop["file"], drop["line"]): drop["why"] for drop in listed}
+    bad = {(home, answered + 1), (QUERIES, 1), (CAPTIONS, 2), (POOL, 3)}
+    assert set(why) == bad | {(TRAIN, i + 1) for i in lost}
+    assert why[CAPTIONS, 2] == "has no text or no picture" and "own.jpg' cannot be decoded" in why[QUERIES, 1]
+    assert why[TRAIN, lost[0] + 1] == "its right answers are left out" and "is not under" in why[POOL, 3]
+    train = mbeir.load_queries(folder, "train")
+    assert train.keys == [q["qid"] for i, q in enumerate(asked) if i not in lost]
+    assert all(gone not in query["pos_dids"] + query["neg_dids"] for query in train)
+    assert gone not in mbeir.load_candidates(folder, "train").keys
+    assert len(mbeir.load_queries(folder, pathlib.Path(QUERIES).stem)) == 1
+    assert not mbeir.build(release, folder, dropped=check(release, tmp_path, accepted=accepted).dropped)
+    assert mbeir.load_candidates(folder, pathlib.Path(POOL).stem).keys == ["3:5", "3:6", "3:8"]
+
+
+# Traces -------------------------------------------------------------------------------------------
+
+
+def trace(qid: str, **fields) -> str:
+    return json.dumps({"qid": qid, "complex": True, "reasoning": "It is red.", "answer": "Blue."} | fields)
+
+
+def write_traces(release: pathlib.Path, name: str, *traces: str) -> None:
+    (release / name).parent.mkdir(parents=True, exist_ok=True)
+    (release / name).write_text("".join(line + "\n" for line in traces))
+
+
+def test_traces_are_counted(release, tmp_path):
+    write_traces(release, "cot/test/mbeir_fashioniq_task7_test_cot.jsonl", trace("7:5"), trace("7:6"))
+    write_traces(release, "cot/train/mbeir_cirr_task7_train_cot.jsonl", trace("8:1"))
+    write_traces(release, "cot/val/mbeir_cirr_task7_val_cot.jsonl")  # all of them may have been dropped
+    report = check(release, tmp_path, complete=True)
+    report.raise_for_problems()
+    assert {row.file.split("/")[1]: row.records for row in report.rows if row.file.startswith("cot/")} == {
+        "test": 2,
+        "train": 1,
+        "val": 0,
+    }
+
+
+COT = "cot/test/mbeir_fashioniq_task7_test_cot.jsonl"
+BROKEN_TRACES = {
+    "misnamed": (("cot/test/traces.jsonl", trace("7:5")), r"traces.jsonl: is not read; .*_cot\.jsonl: rename it"),
+    "misplaced": (("cot/union_train/a_cot.jsonl", trace("7:5")), "a_cot.jsonl: is not read"),
+    "foreign": ((COT, trace("7:5"), trace("7:77")), f"{COT}, line 2: the query 7:77 is not in query/test"),
+    "twice": ((COT, trace("7:5"), trace("7:5")), f"{COT}, line 2: 7:5 has a trace already, in .*line 1"),
+    "qid malformed": ((COT, trace("seven")), f"{COT}, line 1: the qid 'seven' is not of the form"),
+    "unlabelled": ((COT, '{"qid": "7:5"}'), f"{COT}, line 1: the field 'complex' is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_TRACES)
+def test_broken_traces_are_one_error(release, tmp_path, name):
+    (file, *traces), message = BROKEN_TRACES[name]
+    write_traces(release, file, *traces)
+    report = check(release, tmp_path, complete=True)
+    assert len(report.problems) == 1, report.problems
+    with pytest.raises(mbeir.ReleaseError, match=message):
+        report.raise_for_problems()
+
+
+def test_traces_of_another_release_are_no_traces(release, tmp_path):
+    write_traces(release, "cot/train/mbeir_cirr_task7_train_cot.jsonl", trace("8:5"), trace("8:6"))  # of test
+    with pytest.raises(mbeir.ReleaseError, match="cot/train: none of its traces is of a query of this release"):
+        check(release, tmp_path, complete=True, accepted=("dangling ids",)).raise_for_problems()
+
+
 # The program --------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import pickle
+import shutil
 
 import grain
 import pytest
@@ -152,6 +153,55 @@ def test_a_release_elsewhere_is_linked(release, tmp_path):
     assert mbeir.load_queries(folder, "train")[0]["images"] == [RED]
 
 
+def test_a_release_that_moved_or_another_one_is_linked_anew(release, tmp_path):
+    folder, moved = tmp_path / "data/mine", tmp_path / "moved"
+    mbeir.build(release, folder)
+    shutil.copytree(release, moved)
+    (moved / "qrels/test/mbeir_fashioniq_task7_test_qrels.txt").write_text("7:2 0 7:1 1 7\n")
+    assert not mbeir.build(moved, folder)  # the records are the same, the qrels are not
+    assert (folder / "release").resolve() == moved
+    write(moved / "query/test/mbeir_fashioniq_task7_test.jsonl", "{")
+    with pytest.raises(mbeir.ReleaseError, match="line 1: not valid JSON"):
+        mbeir.build(moved, folder)
+    shutil.rmtree(moved)  # a link to nowhere
+    assert not mbeir.build(release, folder) and (folder / "release").resolve() == release
+
+
+def test_a_release_stays_linked_until_the_records_of_another_are_finished(release, tmp_path):
+    folder, other = tmp_path / "data/mine", tmp_path / "other"
+    mbeir.build(release, folder)
+    shutil.copytree(release, other)
+    write(other / "query/test/mbeir_fashioniq_task7_test.jsonl", QUERY, "{")
+    with pytest.raises(mbeir.ReleaseError, match="line 2: not valid JSON"):
+        mbeir.build(other, folder)
+    assert (folder / "release").resolve() == release and mbeir.load_queries(folder, "train")
+
+
+def test_a_release_in_the_place_of_the_link_is_not_mixed_with_another(release, tmp_path):
+    folder = tmp_path / "data/mine"
+    shutil.copytree(release, folder / "release")
+    with pytest.raises(mbeir.ReleaseError, match=r"mine/release holds qrels other than .*: move that folder away"):
+        mbeir.build(release, folder)
+    assert mbeir.build(folder / "release", folder)
+
+
+@pytest.mark.parametrize("kind", [mbeir.MbeirQueries, mbeir.MbeirCandidates])
+def test_a_split_whose_index_was_not_written_is_written_again(release, tmp_path, monkeypatch, kind):
+    whole = kind.download_and_prepare
+
+    def killed(builder) -> None:
+        whole(builder)  # TFDS has renamed its folder; the index is missing
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kind, "download_and_prepare", killed)
+    with pytest.raises(KeyboardInterrupt):
+        mbeir.build(release, tmp_path)
+    monkeypatch.setattr(kind, "download_and_prepare", whole)
+    assert mbeir.build(release, tmp_path)
+    assert mbeir.load_queries(tmp_path, "train").keys == ["7:1", "2:5", "7:1"]
+    assert mbeir.load_candidates(tmp_path, "mbeir_fashioniq_task7_cand_pool").keys == ["7:1", "7:2"]
+
+
 def test_a_failed_build_leaves_the_old_records(release, tmp_path):
     mbeir.build(release, tmp_path)
     union = release / "query/union_train/mbeir_union_up_train.jsonl"
@@ -199,6 +249,13 @@ def test_truncated_picture(release, tmp_path, data, message):
     (release / "mbeir_images/a/red.png").write_bytes(data)
     with pytest.raises(mbeir.ReleaseError, match=message):
         mbeir.build(release, tmp_path)
+
+
+def test_a_whole_picture_with_something_behind_its_end_is_taken(release, tmp_path):
+    longer = RED + bytes(100)
+    (release / "mbeir_images/a/red.png").write_bytes(longer)
+    mbeir.build(release, tmp_path)
+    assert mbeir.load_queries(tmp_path, "train")[0]["images"] == [longer]
 
 
 def test_not_a_release(tmp_path):

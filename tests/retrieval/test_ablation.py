@@ -73,12 +73,38 @@ def test_the_page_compares_seed_by_seed():
     assert "1.5 hours" in page and "`--data.trace none`" in page
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_claim_about_queries_that_there_are_none_of_cannot_be_told(labelled):
+    def without(level: float) -> dict:
+        """Figures of simple tasks alone, or of a release that does not say which are; without unseen sets."""
+        metrics = made_up(level)
+        simple = metrics["tasks"]["t2i"] | {"complex_queries": 0 if labelled else None}
+        routing = {"complex_reasoned": None, "simple_direct": 80.0 if labelled else None}
+        return metrics | {"tasks": {"t2i": simple}, "unseen": {}, "routing": routing}
+
+    suite = Suite("x", seeds=(0, 1), variants={"trace": (), "no_trace": ()})
+    page = describe(suite, {"trace": [without(50), without(60)], "no_trace": [without(40), without(61)]}, 1.5)
+    rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
+    untold = "| – | – | cannot be told: no such queries |"
+    told = "| 57.0 ± 7.1 | 52.0 ± 7.1 | holds |"
+    assert next(line for name, line in rows.items() if name.startswith("Reasoning lifts")).endswith(untold)
+    assert next(line for name, line in rows.items() if "a style of drawing" in name).endswith(untold)
+    hurts = next(line for name, line in rows.items() if name.startswith("Reasoning about every"))
+    assert hurts.endswith(told if labelled else untold)
+    routed = next(line for name, line in rows.items() if name.startswith("Routing is"))
+    assert routed.endswith("| – | 20.0 ± 0.0 | cannot be told: no such queries |" if labelled else untold)
+    assert rows["direct"] == f"| direct | – | {'55.0 ± 7.1' if labelled else '–'} | 16.0 ± 0.0 |"
+    assert ("80.0 ± 0.0" in rows["no_trace"]) is labelled and "57.0 ± 7.1" in rows["trace"]
+
+
 def test_a_suite_goes_on_after_what_is_done(tiny_config: Config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     suite = Suite("tiny", options=tuple(flags(tiny_config)), seeds=(0, 1), variants={"trace": (), "no_trace": ()})
-    started = []
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    started, compiled = [], set()
 
-    def program(command: list[str], check: bool) -> subprocess.CompletedProcess:
+    def program(command: list[str], check: bool, env: dict[str, str]) -> subprocess.CompletedProcess:
+        compiled.add(env["JAX_COMPILATION_CACHE_DIR"])
         started.append(command[1].rsplit("/", 1)[-1])
         workdir = command[len(command) - 1 - command[::-1].index("--workdir") + 1]
         config = next(
@@ -98,6 +124,7 @@ def test_a_suite_goes_on_after_what_is_done(tiny_config: Config, tmp_path, monke
     page = ablate.run(suite)
     assert started.count("train.py") == 5  # that of the second run twice: it failed after its training
     assert "no_trace" in page
+    assert compiled == {str(tmp_path / "runs/ablations/tiny/compiled")}  # what one run has compiled the others need not
     changed = dataclasses.replace(suite, options=(*suite.options, "--training.steps", "9"))
     assert finished(config_of(changed, "trace", 0)[0]) is None
 

@@ -17,6 +17,7 @@ from trace_jax.retrieval.evaluation import (
     evaluate,
     hits_at,
     is_right,
+    lay_over,
     load_results,
     merge,
     queries_key,
@@ -59,6 +60,25 @@ def test_data_sets_of_one_task_are_averaged():
     other = {"dataset": "b", "queries": 20, "local": {"R@5": 60.0}, "ceiling": {"R@5": 90.0}}
     merged = merge([one, other])
     assert merged == {"dataset": "a, b", "queries": 30, "local": {"R@5": 50.0}, "ceiling": {"R@5": 90.0}}
+
+
+def test_a_task_has_the_pools_and_modes_that_all_its_data_sets_have():
+    row = {"local": {"R@5": 40.0}}
+    one = row | {"global": {"R@5": 20.0}, "modes": {"adaptive": row, "always": row}}
+    other = row | {"global": {}, "modes": {"adaptive": {"local": {"R@5": 60.0}}}, "prompts": {"local": 1.0}}
+    merged = merge([one, other])
+    assert merged["global"] == {} and merged["modes"] == {"adaptive": {"local": {"R@5": 50.0}}}
+    assert merged["prompts"] == {"local": 1.0}
+
+
+def test_what_was_known_stays_under_what_is_known_now():
+    before = {"a": {"local": {"R@5": 1.0}, "global": {"R@5": 2.0}, "ceiling": None}, "b": {"queries": 3}}
+    now = {"a": {"local": {"R@5": 4.0}, "global": {}, "ceiling": {"R@5": 5.0}}, "c": {"queries": 6}}
+    assert lay_over(before, now) == {
+        "a": {"local": {"R@5": 4.0}, "global": {"R@5": 2.0}, "ceiling": {"R@5": 5.0}},
+        "b": {"queries": 3},
+        "c": {"queries": 6},
+    }
 
 
 # ---- the release ---------------------------------------------------------------------------------------------------
@@ -151,6 +171,24 @@ def test_metrics_hold_what_is_promised(evaluated):
     assert metrics["average"] == pytest.approx(mean, abs=0.01)
     assert metrics["validation"]
     assert all(index["recall_against_exact"] == 1 for index in metrics["indexes"].values())
+
+
+def test_routing_is_counted_over_all_test_queries_trained_for(evaluated, benchmark_, retriever):
+    config, metrics = evaluated
+    reasoned, is_complex, is_simple = [], [], []
+    for query_set in benchmark_.choose(splits=("test",)):
+        labelled = benchmark_.load(query_set)
+        assert (labelled.simple == ~labelled.complex).all()  # each has a line in cot/
+        if query_set.trained:
+            results = load_results(config, query_set, "adaptive", queries_key(config, retriever))
+            reasoned += results.reasoned.tolist()
+            is_complex += labelled.complex.tolist()
+            is_simple += labelled.simple.tolist()
+    direct = ~np.array(reasoned)[np.array(is_simple)]
+    assert metrics["routing"]["simple_direct"] == pytest.approx(100 * direct.mean(), abs=0.01)
+    thinks = np.array(reasoned)[np.array(is_complex)]
+    assert metrics["routing"]["complex_reasoned"] == pytest.approx(100 * thinks.mean(), abs=0.01)
+    assert sum(entry["simple_queries"] for entry in metrics["tasks"].values()) == sum(is_simple)
 
 
 def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retriever):

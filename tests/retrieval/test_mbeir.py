@@ -17,12 +17,22 @@ from trace_jax.config import Config, Mesh
 from trace_jax.data.builders import mbeir
 from trace_jax.data.builders.check import PUBLISHED
 from trace_jax.data.tokenizer import Processor
-from trace_jax.retrieval import evaluation
+from trace_jax.retrieval import artifacts, evaluation
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
-from trace_jax.retrieval.evaluation import Scope, describe, evaluate, leave_out, metrics_path, run_file
+from trace_jax.retrieval.evaluation import (
+    Scope,
+    describe,
+    evaluate,
+    leave_out,
+    load_results,
+    metrics_path,
+    queries_key,
+    recalls,
+    run_file,
+)
 from trace_jax.retrieval.index import build_indexes
-from trace_jax.retrieval.pools import embed_candidates
+from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.retrieval.program import arguments
 from trace_jax.retrieval.report import write_report
 from trace_jax.training.train import model_identity, restore_model, train
@@ -64,17 +74,47 @@ def test_all_16_files_are_measured_in_both_pools(embedded, retriever):
         if "oven" in stem:  # half of the right answers are in another pool
             assert entry["ranking"]["local"]["true R@10"] == 50
     assert len(metrics["config_hash"]) == 16 and metrics["seeds"] == {"training": config.training.seed}
-    assert metrics["caveat"] in describe(metrics)
+    said = describe(metrics)
+    assert metrics["caveat"] in said
+    columns = [entry["local"]["R@10" if "fashion" in stem else "R@5"] for stem, entry in metrics["files"].items()]
+    assert metrics["paper_average"] == pytest.approx(np.mean(columns), abs=0.01)
+    assert f"R@10 for fashion: {metrics['paper_average']} local" in said
     query_set = benchmark.choose(["fashioniq"], ["test"])[0]
-    lines = run_file(config, query_set, "adaptive", "global").read_text().splitlines()
+    path = run_file(config, query_set, "adaptive", "global")
+    other = dataclasses.replace(config.evaluation, benchmark="another")  # with a file of the same name
+    assert run_file(dataclasses.replace(config, evaluation=other), query_set, "adaptive", "global") != path
+    lines = path.read_text().splitlines()
     assert {len(line.split()) for line in lines} == {6} and len(lines) == 2 * 50
+
+
+def test_nothing_is_said_of_routing_where_no_query_is_called_simple_or_complex(embedded, retriever):
+    config, benchmark = embedded
+    metrics, _ = evaluate(config, retriever, benchmark, scope=TESTS)
+    nothing = {"simple_direct": None, "complex_reasoned": None}
+    assert metrics["routing"] == nothing
+    for entry in metrics["files"].values():
+        assert entry["routing"] == nothing and entry["traces"]["written"] is None
+        assert entry["complex_queries"] is None and entry["simple_queries"] is None
+    assert "None" not in describe(metrics) and "simple" not in describe(metrics)
+
+
+def test_files_measured_later_join_those_that_are_there(embedded, retriever):
+    config, benchmark = embedded
+    whole, _ = evaluate(config, retriever, benchmark, scope=TESTS)
+    again, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
+    assert again == whole == json.loads(metrics_path(config).read_text())
+    for stranger in ({"config_hash": "of another"}, {"records": "of others"}, {"checkpoint": {}}):
+        artifacts.write_json(metrics_path(config), whole | stranger)
+        alone, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
+        assert set(alone["files"]) == {"mbeir_cirr_task7_test"} and alone["average_global"] is None
+        assert alone["files"]["mbeir_cirr_task7_test"]["global"] == {} and alone["paper_average"] is None
 
 
 def test_a_page_holds_the_papers_table(embedded, retriever):
     config, benchmark = embedded
     evaluate(config, retriever, benchmark, scope=TESTS)
     page = write_report(config, benchmark).read_text()
-    assert "U-MARVEL-7B" in page
+    assert "U-MARVEL-7B" in page and "files as in the paper" in page and "simple queries" not in page
     tables = epath.Path(config.run_dir) / "tables"
     assert {path.name for path in tables.iterdir()} == {
         f"{stem}.{ending}" for stem in ("table1", "table1_global") for ending in ("txt", "csv", "tex")
@@ -121,6 +161,7 @@ def test_all_four_prompts_give_a_spread(embedded, retriever):
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same(embedded, retriever, tmp_path, monkeypatch):
     config, benchmark = embedded
+    metrics_path(config).unlink(missing_ok=True)  # other tests measured more
     whole, _ = evaluate(config, retriever, benchmark, scope=TESTS)
     other = dataclasses.replace(config, workdir=str(tmp_path / "other"))
     embed_candidates(other, retriever, benchmark)
@@ -166,7 +207,7 @@ def searched(prepared, retriever, folder, name: str, make) -> tuple[Config, Benc
     return config, benchmark, evaluate(config, retriever, benchmark)[0]
 
 
-def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path):
+def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepared, retriever, tmp_path, monkeypatch):
     config, benchmark, metrics = searched(prepared, retriever, tmp_path, "genecis", genecis)
     assert not metrics["tasks"] and set(metrics["unseen"]) == {query_set.dataset for query_set in benchmark.query_sets}
     for query_set in benchmark.query_sets:
@@ -180,6 +221,16 @@ def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepare
         assert entry["local"]["R@1"] == round(100 * sum(firsts) / len(firsts), 2) and entry["local"]["R@5"] == 100
     assert "VIST" in write_report(config, benchmark).read_text()
     assert metrics_path(config).name == "metrics_genecis.json"
+    # A model whose embeddings are all alike has found nothing, though right answers have the first dids.
+    searcher, key = evaluation.Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
+    one = np.random.default_rng(0).normal(size=48).astype(np.float32)
+    monkeypatch.setattr(CandidateVectors, "read", lambda _, rows: np.tile(one, (len(rows), 1)))
+    for query_set in benchmark.query_sets:
+        labelled, results = benchmark.load(query_set), load_results(config, query_set, "adaptive", key)
+        assert results is not None
+        collapsed = dataclasses.replace(results, embeddings=np.tile(one, (len(labelled.qids), 1)))
+        found = searcher.search(query_set, "adaptive", "local", labelled, collapsed)
+        assert recalls(found, labelled.positives, (1,)) == {"R@1": 0.0}
 
 
 def test_a_server_that_keeps_the_answers_is_sent_a_file(prepared, retriever, tmp_path):

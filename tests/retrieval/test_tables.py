@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+import tomllib
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from etils import epath
 
 from trace_jax.config import Config
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.tables import table, write_tables
+from trace_jax.retrieval.tables import PUBLISHED, table, table1_average, write_tables
 
 
 def metrics_with(values: dict[str, dict], release: str = "mbeir", sha: str = "abc") -> dict:
@@ -18,6 +19,7 @@ def metrics_with(values: dict[str, dict], release: str = "mbeir", sha: str = "ab
         "config_hash": "0123",
         "checkpoint": {"step": 10, "sha256": sha * 20},
         "mode": "adaptive",
+        "asked": 0,
         "release": release,
     }
 
@@ -32,6 +34,25 @@ def test_published_rows_are_whole_and_their_means_are_as_printed():
     three = table("table3", metrics_with({"mbeir_visdial_task0_test": {"R@1": 50.0}}), "mine")
     assert three is not None and {len(row.values) for row in three.rows} == {13}
     assert "Avg" not in three.cells[0]
+
+
+def test_a_part_of_the_queries_is_called_so_and_fills_no_table_of_all():
+    metrics = metrics_with({"mbeir_cirr_task7_test": {"R@5": 50.0}})
+    whole, some = table("table1", metrics, "mine"), table("table1", metrics | {"asked": 300}, "mine")
+    assert whole is not None and some is not None
+    assert "asked 300 queries of each file alone" in some.rows[-1].source
+    assert "of each file" not in whole.rows[-1].source
+
+
+def test_the_papers_average_is_over_all_16_files_and_takes_fashion_at_10():
+    columns = tomllib.loads(PUBLISHED.read_text())["table1"]["columns"]
+    stems = [stem for column in columns for stem in column["files"]]
+    files = {stem: {"local": {"R@5": 40.0, "R@10": 48.0}, "global": {}, "ranking": {}} for stem in stems}
+    assert len(stems) == 16 and sum("fashion" in stem for stem in stems) == 3
+    assert table1_average(files, "local") == 41.5  # (13 * 40 + 3 * 48) / 16
+    assert table1_average(files, "global") is None
+    del files["mbeir_cirr_task7_test"]
+    assert table1_average(files, "local") is None
 
 
 def test_our_row_stands_beside_the_published_ones(tmp_path):
@@ -61,6 +82,8 @@ def test_unseen_benchmarks_of_one_checkpoint_fill_one_table(tmp_path):
     }
     for name, metrics in others.items():
         artifacts.write_json(epath.Path(tmp_path) / name, metrics)
+    asked_less = metrics_with({"mbeir_urban1k_task0_test": {"R@1": 9.0}}, "urban1k") | {"asked": 10}
+    artifacts.write_json(epath.Path(tmp_path) / "metrics_urban1k.json", asked_less)
     circo = metrics_with({"mbeir_circo_task7_val": {"R@5": 30.0}}, "circo")
     circo["files"]["mbeir_circo_task7_val"]["ranking"] = {"local": {"mAP@5": 7.0}}
     (made,) = write_tables(config, circo)

@@ -172,7 +172,7 @@ class Client:
 
     async def _pause(self, attempt: int, error: TransientError) -> None:
         if isinstance(error, _BusyError) and error.retry_after is not None:
-            wait = min(error.retry_after, self._model.max_backoff)
+            wait = min(error.retry_after, self._model.max_retry_after)
         else:
             longest = min(self._model.backoff * 2 ** (attempt - 1), self._model.max_backoff)
             wait = longest * self._random.uniform(0.5, 1.0)

@@ -23,6 +23,7 @@ class Teacher:
     attempts: int = 6  # of one request, the first included
     backoff: float = 1.0  # seconds before the second attempt; doubles, with jitter
     max_backoff: float = 60.0
+    max_retry_after: float = 900.0  # seconds that a server may ask to wait (Retry-After); of a longer time, so much
     give_up_after: int = 50  # requests in a row without an answer, or rejected: server or options are taken for wrong
     input_price: float = 0.0  # dollars per million tokens
     output_price: float = 0.0

@@ -31,6 +31,11 @@ class Suite:
     variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name -> options of launch/train.py
     page: str = "docs/reproduction.md"  # where the findings are written
 
+    @property
+    def folder(self) -> str:
+        """Where the runs are."""
+        return f"runs/ablations/{self.name}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Side:
@@ -55,6 +60,8 @@ class Claim:
     worse: Side
     margin: float = 0.0
 
+
+UNTOLD = "cannot be told"
 
 _OWN = Side("trace", "adaptive", "complex")
 
@@ -144,7 +151,7 @@ def config_of(suite: Suite, variant: str, seed: int) -> tuple[Config, list[str]]
     """A run's configuration, and the command line that makes it."""
 
     def workdir(of: str) -> str:
-        return f"runs/ablations/{suite.name}/{of}_{seed}"
+        return f"{suite.folder}/{of}_{seed}"
 
     own = [option.format(trace=workdir("trace")) for option in suite.variants[variant]]
     options = [*suite.options, *own, "--training.seed", str(seed), "--workdir", workdir(variant)]
@@ -163,33 +170,34 @@ def finished(config: Config) -> dict[str, Any] | None:
     return metrics if metrics and metrics["config_hash"] == config_hash(config) else None
 
 
-def figure(metrics: dict[str, Any], side: Side) -> float:
-    """What a side measures, in percent; R@5 is the mean over tasks. Raises ValueError where no query is of its sort."""
+def figure(metrics: dict[str, Any], side: Side) -> float | None:
+    """What a side measures, in percent; R@5 is the mean over tasks. None where no query is known to be of its sort."""
     if side.measure == "reasoned":
-        routing = metrics["routing"]
-        return routing["complex_reasoned"] if side.queries == "complex" else 100 - routing["simple_direct"]
+        reasoned, direct = metrics["routing"]["complex_reasoned"], metrics["routing"]["simple_direct"]
+        if side.queries == "complex":
+            return reasoned
+        return None if direct is None else 100 - direct
     rows = []
     trained = side.queries in ("complex", "simple", "all")
     for entry in (metrics["tasks"] if trained else metrics["unseen"].get(side.queries, {})).values():
-        if side.queries == "simple" and entry["complex_queries"]:
+        if side.queries == "simple" and entry["complex_queries"] != 0:
             continue
         row = entry["modes"][side.mode].get("local_complex" if side.queries == "complex" else "local")
         rows += [row["R@5"]] if row else []
-    if not rows:
-        raise ValueError(f"{metrics['release']} has no {side.queries} queries to compare")
-    return float(np.mean(rows))
+    return float(np.mean(rows)) if rows else None
 
 
-def speed(metrics: dict[str, Any], mode: str) -> float:
-    """The mean over tasks of queries per second."""
-    return float(np.mean([entry["modes"][mode]["queries_per_second"] for entry in metrics["tasks"].values()]))
+def speed(metrics: dict[str, Any], mode: str) -> float | None:
+    """The mean over tasks of queries per second; None where none is trained for."""
+    speeds = [entry["modes"][mode]["queries_per_second"] for entry in metrics["tasks"].values()]
+    return float(np.mean(speeds)) if speeds else None
 
 
 def verdict(differences: Sequence[float], margin: float) -> str:
     """What the differences of several seeds, better minus worse, say of a claim."""
     if min(differences) > margin:
         return "holds"
-    return "does not hold" if max(differences) <= margin else "cannot be told"
+    return "does not hold" if max(differences) <= margin else UNTOLD
 
 
 def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: float) -> str:
@@ -197,11 +205,14 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
     seed each.
     """
 
-    def values(side: Side) -> np.ndarray:
-        return np.array([figure(metrics, side) for metrics in results[side.variant]])
+    def values(side: Side) -> list[float | None]:
+        return [figure(metrics, side) for metrics in results[side.variant]]
 
-    def shown(figures: np.ndarray) -> str:
-        return f"{figures.mean():.1f} ± {figures.std(ddof=1):.1f}" if len(figures) > 1 else f"{figures.mean():.1f}"
+    def shown(figures: Sequence[float | None]) -> str:
+        known = [each for each in figures if each is not None]
+        if not known:
+            return "–"
+        return f"{np.mean(known):.1f} ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else f"{known[0]:.1f}"
 
     lines = [
         f"# The paper's claims in miniature: {suite.name}",
@@ -210,7 +221,7 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
         f" {', '.join(map(str, suite.seeds))}, {hours:.1f} hours of training and measuring in all"
         f"{', options `' + ' '.join(suite.options) + '`' if suite.options else ''}. Figures are R@5 in"
         " the local pool, the mean over tasks, ± the standard deviation over seeds. A claim holds when every seed says"
-        ' so, does not when none does, and cannot be told otherwise; "costs little", "gains little", "near the'
+        f' so, does not when none does, and {UNTOLD} otherwise; "costs little", "gains little", "near the'
         ' best" and "do not conflict" allow one point.',
         "",
         "| claim | paper | ours | against | verdict |",
@@ -219,21 +230,20 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
     for claim in CLAIMS:
         if {claim.better.variant, claim.worse.variant} <= set(results):
             better, worse = values(claim.better), values(claim.worse)
-            word = verdict((better - worse).tolist(), claim.margin)
+            pairs = [(b, w) for b, w in zip(better, worse, strict=True) if b is not None and w is not None]
+            word = verdict([b - w for b, w in pairs], claim.margin) if pairs else f"{UNTOLD}: no such queries"
             lines.append(f"| {claim.text} | {claim.paper} | {shown(better)} | {shown(worse)} | {word} |")
     lines += ["", "| mode (paper, Table 2) | complex | simple | queries/s |", "|---|---|---|---|"]
     for mode in MODES:
         figures = [shown(values(Side("trace", mode, queries))) for queries in ("complex", "simple")]
-        speeds = shown(np.array([speed(metrics, mode) for metrics in results["trace"]]))
+        speeds = shown([speed(metrics, mode) for metrics in results["trace"]])
         lines.append(f"| {mode} | {' | '.join(figures)} | {speeds} |")
     lines += ["", "| variant | options | all | complex | simple | reasons if complex | direct if simple |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for variant, runs in results.items():
         mode = runs[0]["mode"]
         parts = [shown(values(Side(variant, mode, queries))) for queries in ("all", "complex", "simple")]
-        parts += [
-            shown(np.array([run["routing"][name] for run in runs])) for name in ("complex_reasoned", "simple_direct")
-        ]
+        parts += [shown([run["routing"][name] for run in runs]) for name in ("complex_reasoned", "simple_direct")]
         lines.append(f"| {variant} | `{' '.join(suite.variants[variant]) or '–'}` | {' | '.join(parts)} |")
     return "\n".join(lines) + "\n"
 

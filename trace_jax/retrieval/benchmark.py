@@ -59,6 +59,7 @@ class Labelled:
     galleries: list[frozenset[int]]  # what a query is measured among, of a benchmark that says so; else none
     excluded: list[frozenset[int]]  # what is left out of a query's results
     complex: np.ndarray  # [n] bool: a trace belongs to it
+    simple: np.ndarray  # [n] bool: none does; of queries that the release's cot/ does not name neither is known
     reasonings: list[str]
     answers: list[str]
     kinds: list[str]  # what sort of query its data set says it is; "" where it does not
@@ -178,6 +179,11 @@ class Benchmark:
             " release/instructions/query_instructions.tsv"
         )
 
+    @functools.cached_property
+    def _traced(self) -> dict[str, frozenset[str]]:
+        """Of each split the qids that cot/ calls simple or complex."""
+        return {split: frozenset(mbeir.load_traces(self.folder / "release", split)) for split in SPLITS}
+
     def count(self, query_set: QuerySet) -> int:
         """The number of queries of a file that are asked, without reading them."""
         return len(self._rows(len(mbeir.load_queries(self.folder, query_set.stem))))
@@ -225,6 +231,7 @@ class Benchmark:
             galleries=of(lambda relevance: relevance >= 0) if limited else [],
             excluded=of(lambda relevance: relevance < 0),
             complex=np.array([record["complex"] for record in records], bool),
+            simple=np.array([not r["complex"] and r["qid"] in self._traced[query_set.split] for r in records], bool),
             reasonings=[record["reasoning"] for record in records],
             answers=[record["answer"] for record in records],
             kinds=[_kind(record["src_content"]) for record in records],

@@ -29,6 +29,7 @@ from trace_jax.retrieval.index import ExactIndex, SearchIndex, exact_search, ope
 from trace_jax.retrieval.measures import POOL_CAVEAT, average_precision_at, hits_at, percent, rankings, recalls
 from trace_jax.retrieval.packing import Room
 from trace_jax.retrieval.pools import CandidateVectors
+from trace_jax.retrieval.tables import table1_average
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ class Searcher:
         """The dids found in the local or global pool, as integers, best first: [n, k] int64. Writes the run file."""
         k = depth(self.config, query_set)
         if scope == "local" and labelled.galleries:
-            found, scores = self._search_galleries(labelled.galleries, results.embeddings, k)
+            found, scores = self._search_galleries(labelled, results.embeddings, k)
         else:
             index = self.index(pool_of(query_set, scope))
             rows, scores = index.search(results.embeddings, k + max(map(len, labelled.excluded), default=0))
@@ -214,18 +215,21 @@ class Searcher:
         artifacts.write_bytes(run_file(self.config, query_set, mode, scope, prompt), "".join(lines).encode())
         return found
 
-    def _search_galleries(
-        self, galleries: Sequence[frozenset[int]], queries: np.ndarray, k: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks the few candidates of each query, as an index does: dids [n, k] int64 (-1 beyond them), scores."""
-        ids = np.unique(np.concatenate([np.fromiter(each, np.int64) for each in galleries]))
+    def _search_galleries(self, labelled: Labelled, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ranks the few candidates of each query, as an index does: dids [n, k] int64 (-1 beyond them), scores.
+
+        Of equal scores wrong answers come first: a right one must be above them, as CC-Neg and SugarCrepe ask, and
+        embeddings that are all alike find nothing.
+        """
+        ids = np.unique(np.concatenate([np.fromiter(each, np.int64) for each in labelled.galleries]))
         vectors = self.store.of(ids)[:]
         found = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf, np.float32)
-        for query, gallery in enumerate(galleries):
+        for query, (gallery, right) in enumerate(zip(labelled.galleries, labelled.positives, strict=True)):
             own = np.sort(np.fromiter(gallery, np.int64))
-            values = vectors[np.searchsorted(ids, own)] @ queries[query]
-            order = np.argsort(-values, kind="stable")[:k]  # equal scores by did
+            # A row at a time: in a product of matrices, equal rows may differ in their last bits.
+            values = (vectors[np.searchsorted(ids, own)] * queries[query]).sum(axis=1)
+            order = np.lexsort((own, np.isin(own, list(right)), -values))[:k]
             found[query, : len(order)], scores[query, : len(order)] = own[order], values[order]
         return found, scores
 
@@ -286,7 +290,8 @@ def run_file(config: Config, query_set: QuerySet, mode: EvaluationMode, scope: s
     """The results of a query file in TREC's six columns, under UniIR's name: "single" is the local pool."""
     kind = {"local": "single", "global": "union"}[scope]
     name = f"mbeir_{query_set.dataset}_task{query_set.task_id}_{kind}_pool_{query_set.split}{_asked(prompt)}"
-    return epath.Path(config.run_dir) / "run_files" / mode / f"{name}_k{depth(config, query_set)}_run.txt"
+    folder = epath.Path(config.run_dir) / "run_files" / config.benchmark / mode
+    return folder / f"{name}_k{depth(config, query_set)}_run.txt"
 
 
 def measure(
@@ -296,9 +301,12 @@ def measure(
     results: dict[EvaluationMode, Encoded],
     pools: Sequence[str],
 ) -> dict[str, Any]:
-    """All figures of a query file; of the modes in `results`, the first is the one that counts."""
+    """All figures of a query file; of the modes in `results`, the first is the one that counts. Those of routing and of
+    traces are None where the release does not say which queries are complex.
+    """
     config, main = searcher.config, next(iter(results))
-    ks, complex_, kinds = ks_of(config, query_set), labelled.complex, np.array(labelled.kinds)
+    ks, complex_, simple, kinds = ks_of(config, query_set), labelled.complex, labelled.simple, np.array(labelled.kinds)
+    known = bool((complex_ | simple).any())
     only_complex = [right for right, is_complex in zip(labelled.positives, complex_, strict=True) if is_complex]
     by_mode: dict[str, Any] = {}
     by_kind: dict[str, Any] = {}
@@ -338,15 +346,16 @@ def measure(
     return {
         "dataset": query_set.dataset,
         "queries": len(labelled.qids),
-        "complex_queries": int(complex_.sum()),
+        "complex_queries": int(complex_.sum()) if known else None,
+        "simple_queries": int(simple.sum()) if known else None,
         **{f"{scope}_pool": len(searcher.benchmark.ids(pool_of(query_set, scope))) for scope in POOLS},
         **by_mode[main],
         "routing": {
-            "simple_direct": percent(~chosen.reasoned[~complex_]) if (~complex_).any() else None,
+            "simple_direct": percent(~chosen.reasoned[simple]) if simple.any() else None,
             "complex_reasoned": percent(chosen.reasoned[complex_]) if complex_.any() else None,
         },
         "traces": {
-            "written": int(wrote.sum()),
+            "written": int(wrote.sum()) if known else None,
             "right": percent(right[wrote]) if wrote.any() else None,
             "right_of_complex": percent((right & wrote)[complex_]) if complex_.any() else None,
         },
@@ -388,9 +397,10 @@ def evaluate(
 ) -> tuple[dict[str, Any], int]:
     """Measures a retriever on the query files of a release; writes `metrics_path` and the run files.
 
-    `modes` are run besides `config.evaluation.mode`, whose figures are the ones that count. Returns the
-    metrics and the number of queries that had to be encoded. Raises MissingStageError when indexes are
-    missing or of another checkpoint, ValueError for a scope that no query file is in.
+    `modes` are run besides `config.evaluation.mode`, whose figures are the ones that count. What `metrics_path` holds
+    of the same checkpoint, configuration and data, and is not in this scope, stays. Returns the metrics and the number
+    of queries that had to be encoded. Raises MissingStageError when indexes are missing or of another checkpoint,
+    ValueError for a scope that no query file is in.
     """
     scope = scope or Scope()
     run: list[EvaluationMode] = list(dict.fromkeys([config.evaluation.mode, *modes]))
@@ -400,7 +410,6 @@ def evaluate(
         searcher.index(pool)
     entries: dict[QuerySet, dict[str, Any]] = {}
     submissions: dict[str, str] = {}
-    routed: dict[bool, list[np.ndarray]] = {False: [], True: []}
     passes = len(run) + (PROMPTS - 1 if scope.prompts == "all" else 0)
     encoded, total = 0, passes * sum(benchmark.count(query_set) for query_set in chosen)
     with tqdm(desc="evaluating", unit="query", dynamic_ncols=True, total=total) as bar:
@@ -436,23 +445,32 @@ def evaluate(
                 entries[query_set]["prompts"] = spread(searcher, query_set, each, scope.pools)
             for pool in {pool_of(query_set, each) for each in scope.pools} - set(searcher.checked):
                 searcher.check(pool, results[run[0]].embeddings[:CHECKED_QUERIES])
-            if query_set.split == "test" and query_set.trained:
-                for kind in (False, True):
-                    routed[kind].append(results[run[0]].reasoned[labelled.complex == kind])
-    metrics = summarise(config, retriever, benchmark, entries)
-    metrics["routing"] = {
-        "simple_direct": percent(~np.concatenate(routed[False])) if routed[False] else None,
-        "complex_reasoned": percent(np.concatenate(routed[True])) if routed[True] else None,
-    }
-    metrics["submissions"] = submissions
-    metrics["indexes"] = {
+    made = identify(config, retriever, benchmark)
+    before = artifacts.read_json(metrics_path(config)) or {}
+    if not made.items() <= before.items():
+        before = {"files": {}, "submissions": {}, "indexes": {}}
+    indexes = {
         pool: {"kind": index.about["kind"], "candidates": len(index.ids)}
         | {"recall_against_exact": round(min(searcher.checked[pool]), 4)}
         for pool, index in searcher.indexes.items()
         if pool in searcher.checked
     }
+    files = lay_over(before["files"], {query_set.stem: entry for query_set, entry in entries.items()})
+    metrics = made | summarise({q: files[q.stem] for q in benchmark.query_sets if q.stem in files})
+    metrics["submissions"] = before["submissions"] | submissions
+    metrics["indexes"] = before["indexes"] | indexes
     artifacts.write_json(metrics_path(config), metrics)
     return metrics, encoded
+
+
+def lay_over(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What is known now, and of what was known before all else: dicts in dicts likewise."""
+    inner = {
+        name: lay_over(before[name], value)
+        for name, value in now.items()
+        if isinstance(value, dict) and isinstance(before.get(name), dict)
+    }
+    return before | now | inner
 
 
 def record_seconds(config: Config, benchmark: Benchmark) -> None:
@@ -469,9 +487,26 @@ def metrics_path(config: Config) -> epath.Path:
     return epath.Path(config.run_dir) / ("metrics.json" if own else f"metrics_{config.benchmark}.json")
 
 
-def summarise(
-    config: Config, retriever: Retriever, benchmark: Benchmark, entries: dict[QuerySet, dict[str, Any]]
-) -> dict[str, Any]:
+def identify(config: Config, retriever: Retriever, benchmark: Benchmark) -> dict[str, Any]:
+    """What all figures of a `metrics_path` are of; with anything else, they are not of one kind."""
+    return {
+        "config": config.name,
+        "config_hash": config_hash(config),
+        "seeds": {"training": config.training.seed},  # sampled traces are a function of the prompt
+        "release": config.benchmark,
+        "records": benchmark.fingerprint,
+        "mode": config.evaluation.mode,
+        "asked": config.evaluation.queries,  # of each file; 0 are all
+        "checkpoint": {
+            "step": retriever.step,
+            "identity": retriever.identity,
+            "sha256": retriever.digest,
+            "queries_key": queries_key(config, retriever, benchmark),
+        },
+    }
+
+
+def summarise(entries: dict[QuerySet, dict[str, Any]]) -> dict[str, Any]:
     """Arranges the figures of all query files: by task, by unseen set, and of the validation split."""
     tasks: dict[str, list[dict]] = {}
     unseen: dict[str, dict[str, dict]] = {}
@@ -484,32 +519,36 @@ def summarise(
         else:
             unseen.setdefault(query_set.dataset, {})[query_set.task] = entry
     merged = {task: merge(same) for task, same in tasks.items()}
+    tested = [entry for same in tasks.values() for entry in same]
+    files = {query_set.stem: entry for query_set, entry in entries.items()}
 
     def average(scope: str, mode: str | None = None) -> float | None:
-        rows = [entry["modes"].get(mode) if mode else entry for entry in merged.values()]
-        values = [row[scope]["R@5"] for row in rows if row and "R@5" in row.get(scope, {})]
-        return round(float(np.mean(values)), 2) if values else None
+        rows = [entry["modes"].get(mode, {}) if mode else entry for entry in merged.values()]
+        values = [row[scope]["R@5"] for row in rows if "R@5" in row.get(scope, {})]
+        return round(float(np.mean(values)), 2) if values and len(values) == len(rows) else None
+
+    def routed(figure: str, queries: str) -> float | None:
+        there = [entry for entry in tested if entry[queries]]
+        if not there:
+            return None
+        shares, counts = ([entry["routing"][figure] for entry in there], [entry[queries] for entry in there])
+        return round(float(np.average(shares, weights=counts)), 2)
 
     modes = sorted({mode for entry in merged.values() for mode in entry["modes"]})
     return {
-        "config": config.name,
-        "config_hash": config_hash(config),
-        "seeds": {"training": config.training.seed},  # sampled traces are a function of the prompt
-        "release": config.benchmark,
-        "mode": config.evaluation.mode,
-        "checkpoint": {
-            "step": retriever.step,
-            "identity": retriever.identity,
-            "sha256": retriever.digest,
-            "queries_key": queries_key(config, retriever, benchmark),
-        },
         "average": average("local"),
         "average_global": average("global"),
+        "paper_average": table1_average(files, "local"),
+        "paper_average_global": table1_average(files, "global"),
         "average_by_mode": {mode: average("local", mode) for mode in modes},
+        "routing": {
+            "simple_direct": routed("simple_direct", "simple_queries"),
+            "complex_reasoned": routed("complex_reasoned", "complex_queries"),
+        },
         "tasks": merged,
         "unseen": unseen,
         "validation": {task: merge(same) for task, same in validation.items()},
-        "files": {query_set.stem: entry for query_set, entry in entries.items()},
+        "files": files,
         "caveat": POOL_CAVEAT,
     }
 
@@ -520,23 +559,29 @@ def config_hash(config: Config) -> str:
 
 
 def merge(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One entry for a task that several data sets share: counts are summed, all else is the plain mean."""
+    """One entry for a task that several data sets share: counts are summed, all else is the plain mean. Pools and modes
+    are those that all of them were measured in.
+    """
     if len(entries) == 1:
         return dict(entries[0])
-    counts = ("queries", "complex_queries", "local_pool", "written")
+    counts = ("queries", "complex_queries", "simple_queries", "local_pool", "written")
 
     def join(name: str, values: list[Any]) -> Any:
         there = [value for value in values if value is not None]
         if not there:
             return None
         if isinstance(there[0], dict):
+            if name in POOLS and not all(values):
+                return {}
             names = dict.fromkeys(inner for value in there for inner in value)
+            if name == "modes":
+                names = [mode for mode in names if all(mode in value for value in there)]
             return {inner: join(inner, [value.get(inner) for value in there]) for inner in names}
         if isinstance(there[0], str):
             return ", ".join(there)
         return sum(there) if name in counts else round(float(np.mean(there)), 4)
 
-    return {name: join(name, [entry[name] for entry in entries]) for name in entries[0]}
+    return join("", list(entries))
 
 
 def describe(metrics: dict[str, Any]) -> str:
@@ -556,12 +601,19 @@ def describe(metrics: dict[str, Any]) -> str:
             said = figures.get("R@5")
             lines.append(f"  R@5 over {PROMPTS} prompts, {scope}: {said['mean']} ± {said['deviation']}")
     routing = metrics["routing"]
-    lines.append(f"mean R@5 {metrics['average']} local, {metrics['average_global']} global")
-    lines.append(
-        f"{routing['simple_direct']} % of simple queries emit <|emb|> first,"
-        f" {routing['complex_reasoned']} % of complex ones reason first"
-    )
+    lines.append(f"mean R@5 over {len(metrics['tasks'])} tasks: {_both(metrics, 'average')}")
+    if metrics["paper_average"] is not None or metrics["paper_average_global"] is not None:
+        lines.append(f"mean over the 16 files as in the paper, R@10 for fashion: {_both(metrics, 'paper_average')}")
+    if routing["simple_direct"] is not None:
+        lines.append(f"{routing['simple_direct']} % of simple queries emit <|emb|> first")
+    if routing["complex_reasoned"] is not None:
+        lines.append(f"{routing['complex_reasoned']} % of complex queries reason first")
     return "\n".join([*lines, f"Note: {metrics['caveat']}."])
+
+
+def _both(metrics: dict[str, Any], name: str) -> str:
+    local, everywhere = ("–" if value is None else value for value in (metrics[name], metrics[f"{name}_global"]))
+    return f"{local} local, {everywhere} global"
 
 
 def _cell(value: float | None) -> str:

@@ -5,6 +5,7 @@ Published figures are data (`published.toml`), each with its source. Ours is mea
 
 import csv
 import dataclasses
+import functools
 import io
 import math
 import pathlib
@@ -95,13 +96,13 @@ def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") 
     The published figures are of the local pools; beside the global one (`scope`) there are none. Our mean is over all
     columns, and left out while one is missing, or where the paper has none.
     """
-    with PUBLISHED.open("rb") as file:
-        published = tomllib.load(file)[which]
+    published = _published()[which]
     columns: Sequence[dict[str, Any]] = published["columns"]
-    checkpoint = metrics["checkpoint"]
+    checkpoint, asked = metrics["checkpoint"], metrics["asked"]
     source = (
         f"measured: config {metrics['config_hash']}, step {checkpoint['step']}, checkpoint {checkpoint['sha256'][:12]},"
         f" mode {metrics['mode']}, {scope} pools of {metrics['release']}"
+        f"{f', asked {asked} queries of each file alone' if asked else ''}"
     )
 
     def row(label: str, values: tuple[float | None, ...], said: str) -> Row | None:
@@ -131,11 +132,32 @@ def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") 
     return Table(title, tuple(column["name"] for column in columns), rows)
 
 
+def table1_average(files: dict[str, Any], scope: str) -> float | None:
+    """The paper's average: the plain mean of Table 1's columns, in percent, from the figures of query files by stem;
+    None while one of the 16 is not measured.
+    """
+    values = [_measured(files, column, scope) for column in _published()["table1"]["columns"]]
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), 2) if len(known) == len(values) else None
+
+
+@functools.cache
+def _published() -> dict[str, Any]:
+    with PUBLISHED.open("rb") as file:
+        return tomllib.load(file)
+
+
 def _measured(files: dict[str, Any], column: dict[str, Any], scope: str) -> float | None:
     """The mean of a column's measure over its files; None while one of them is not measured."""
     entries = [files.get(stem, {scope: {}, "ranking": {}}) for stem in column["files"]]
     values = [(entry[scope] | entry["ranking"].get(scope, {})).get(column["measure"]) for entry in entries]
     return None if None in values else float(np.mean(values))
+
+
+def _asked_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the figures of two benchmarks are of one checkpoint, and of as large a share of the queries."""
+    same = one["checkpoint"]["sha256"] == other["checkpoint"]["sha256"]
+    return same and one.get("asked") == other["asked"]
 
 
 def _over_prompts(files: dict[str, Any], column: dict[str, Any], scope: str, figure: str) -> float | None:
@@ -147,11 +169,11 @@ def _over_prompts(files: dict[str, Any], column: dict[str, Any], scope: str, fig
 
 def write_tables(config: Config, metrics: dict[str, Any]) -> list[Table]:
     """Writes `<run_dir>/tables/` where there is something to tell: table1 and table1_global of M-BEIR, and table3 of
-    all the unseen benchmarks that were measured with the same checkpoint; each as .txt, .csv and .tex.
+    all the unseen benchmarks that were measured alike with the same checkpoint; each as .txt, .csv and .tex.
     """
     run_dir, written = epath.Path(config.run_dir), []
     measured = [artifacts.read_json(path) for path in sorted(run_dir.glob("metrics_*.json"))]
-    same = [other for other in measured if other and other["checkpoint"]["sha256"] == metrics["checkpoint"]["sha256"]]
+    same = [other for other in measured if other and _asked_alike(other, metrics)]
     unseen = {stem: entry for other in same for stem, entry in other["files"].items()}
     everything = metrics | {"files": unseen | metrics["files"], "release": "each benchmark"}
     kinds = (

@@ -3,7 +3,10 @@
 Three steps, each of which must be clean before the next: the files are there; every line is well formed and every id
 stands once; every id and picture that is named exists, and every picture can be decoded. `check` reads all of it and
 returns every problem that a step finds, so that one round of mending is enough. Pictures take nearly all the time: a
-file whose pictures were all found good is remembered, and they are not decoded again.
+file's good ones are remembered by name and size, and not decoded again.
+
+Faults that were looked at can be accepted: records without their text or picture are then left out, with the training
+queries whose right answers are left out; wrong and double ids are counted only.
 """
 
 import array
@@ -12,10 +15,10 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -46,11 +49,17 @@ PUBLISHED = {
     ("oven", 8): ("157K", "14.7K", "14.7K", "335K"),
     ("infoseek", 8): ("143K", "17.6K", "17.6K", "481K"),
 }
-COLUMNS = ("missing pictures", "undecodable", "dangling ids", "duplicate ids", "malformed", "blank", "elsewhere")
-NOTES = COLUMNS[5:]  # a blank picture, a right answer that only another pool holds: counted, and no fault
+DROPPED = ("missing pictures", "undecodable", "empty")  # accepted, such records are left out
+COUNTED = ("dangling ids", "duplicate ids")  # accepted, they are counted only
+NOTES = ("blank", "elsewhere")  # a blank picture, a right answer that only another pool holds: counted, and no fault
+COLUMNS = (*DROPPED, *COUNTED, "malformed", *NOTES)
 SHOWN = 5  # problems of a kind that are written out for a file
 WAITING = 4096  # pictures that are read or waited for at once
 
+_ASKED = {"train": ("union_train", "train"), "val": ("val",), "test": ("test",)}
+"""Of a folder of cot/, the folders of query/ whose queries its traces are of."""
+
+_Found = TypeVar("_Found")
 _STEM = re.compile(r"mbeir_(\w+?)_task(\d)_(train|val|test)?_?(cand_pool|qrels)?")
 _INSTRUCTIONS = "instructions/query_instructions.tsv"
 
@@ -84,6 +93,7 @@ class Report:
 
     release: Path
     rows: list[Row]
+    dropped: list[mbeir.Drop] = dataclasses.field(default_factory=list)  # records whose fault was accepted
 
     @property
     def problems(self) -> list[str]:
@@ -119,9 +129,8 @@ def check(
 ) -> Report:
     """Looks a release over; `complete` also asks for all the files of M-BEIR, and compares with its published counts.
 
-    `accepted` are columns that are counted only, among "dangling ids" and "duplicate ids". `images` is where the
-    pictures' paths start, local or gs://; without it, the release. `kept` is the folder that remembers which pictures
-    are good.
+    `accepted` are columns that are no fault, among DROPPED and COUNTED. `images` is where the pictures' paths start,
+    local or gs://; without it, the release. `kept` is the folder that remembers which pictures are good.
     """
     report = Report(release, [])
     _check_files(report, complete)
@@ -213,6 +222,7 @@ class _Check:
         self.report, self.kept, self.images, self.complete, self.notes = report, kept, images, complete, notes
         self.release = report.release
         self.prompts: dict[tuple[int, str, str], list[str]] = {}
+        self.home = self.release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"  # of what training queries name
 
     def run(self) -> None:
         row = self._row(self.release / _INSTRUCTIONS)
@@ -225,11 +235,18 @@ class _Check:
         pools = {path: self._read(path) for path in mbeir.pool_files(self.release).values()}
         queries = {path: self._read(path, split) for path, split in mbeir.query_files(self.release).values()}
         queries |= {path: self._read(path, "train") for path in sorted((self.release / "query/train").glob("*.jsonl"))}
+        traces = self._read_traces()
         if self.report.problems:
             return
         self._check_references(pools, queries)
+        self._check_traces(traces, queries)
         for read in (*pools.values(), *queries.values()):
             self._check_pictures(read)
+        self._drop_unanswered()
+
+    def _drop(self, read: Path, line: int, record: dict[str, Any], why: str) -> None:
+        file = str(read.relative_to(self.release))
+        self.report.dropped.append(mbeir.Drop(file, line, record.get("qid") or record["did"], why))
 
     def _row(self, path: Path) -> Row:
         published = _published(path) if self.complete else ""
@@ -265,6 +282,13 @@ class _Check:
                 row.records += 1
                 try:
                     shown = take(where, record)
+                except mbeir.EmptyError as error:
+                    row.add("empty", str(error))
+                    # Left out or not, what names it is right to do so.
+                    ids.append(mbeir.hash_qid(record["qid"]) if split else mbeir.hash_did(record["did"]))
+                    if "empty" in self.notes:
+                        self._drop(path, at, record, "has no text or no picture")
+                    continue
                 except ReleaseError as error:
                     row.add("malformed", str(error))
                     continue
@@ -298,6 +322,32 @@ class _Check:
         if split == "train" and not query["pos_dids"]:
             raise ReleaseError(f"{where}: pos_cand_list is empty; a training query needs a right answer")
 
+    def _read_traces(self) -> list[_Read]:
+        """Reads the files of cot/; each qid stands once in a split."""
+        found: list[_Read] = []
+        seen: dict[tuple[str, str], str] = {}
+        for path in sorted([*(self.release / "cot").glob("*.jsonl"), *(self.release / "cot").glob("*/*.jsonl")]):
+            row, qids, split = self._row(path), array.array("q"), path.parent.name
+            if split not in _ASKED or not path.match(mbeir.TRACES):
+                expected = f"cot/{{train,val,test}}/{mbeir.TRACES}"
+                row.add("malformed", f"{path}: is not read; traces are in {expected}: rename it")
+                continue
+            try:
+                for where, record in mbeir.lines(path):
+                    row.records += 1
+                    try:
+                        qid, _ = mbeir.read_trace(where, record)
+                    except ReleaseError as error:
+                        row.add("malformed", str(error))
+                        continue
+                    qids.append(mbeir.hash_qid(qid))
+                    if (first := seen.setdefault((split, qid), where)) != where:
+                        row.add("duplicate ids", f"{where}: {qid} has a trace already, in {first}; remove one of them")
+            except ReleaseError as error:
+                row.add("malformed", str(error))
+            found.append(_Read(row, path, np.array(qids, np.int64), {}, np.zeros((0, 2), np.int64)))
+        return found
+
     # References and pictures ------------------------------------------------------------------
 
     def _check_references(self, pools: dict[Path, _Read], queries: dict[Path, _Read]) -> None:
@@ -305,15 +355,32 @@ class _Check:
         anywhere = set(everything.tolist())
         for path, read in queries.items():
             trains = path.parent.name in ("train", "union_train")
-            home = self.release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
-            known = np.unique(pools[home].ids) if trains and home in pools else everything
+            known = np.unique(pools[self.home].ids) if trains and self.home in pools else everything
             for did, line in read.named[~np.isin(read.named[:, 0], known)]:
-                where = f"in {home.name}" if trains else "in any pool"
+                where = f"in {self.home.name}" if trains else "in any pool"
                 shown = f"{did // mbeir.DIDS}:{did % mbeir.DIDS}"
                 read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
             pool = mbeir.local_pool(self.release, path.stem)
             if not trains and pool in pools:
                 self._check_qrels(path, read, pools[pool].ids, anywhere)
+
+    def _check_traces(self, traces: list[_Read], queries: dict[Path, _Read]) -> None:
+        for split, folders in _ASKED.items():
+            own = [read for read in traces if read.path.parent.name == split]
+            asked = [read.ids for path, read in queries.items() if path.parent.name in folders]
+            known, joined = np.unique(np.concatenate([*asked, np.zeros(0, np.int64)])), 0
+            for read in own:
+                lost = ~np.isin(read.ids, known)
+                joined += int((~lost).sum())
+                for at in np.flatnonzero(lost):
+                    qid = f"{read.ids[at] // mbeir.QIDS}:{read.ids[at] % mbeir.QIDS}"
+                    where = f"{read.path}, line {at + 1}"
+                    read.row.add("dangling ids", f"{where}: the query {qid} is not in query/{split}; is it of another?")
+            if any(len(read.ids) for read in own) and not joined:
+                folder = self.release / "cot" / split
+                own[0].row.add(
+                    "malformed", f"{folder}: none of its traces is of a query of this release; fetch its own"
+                )
 
     def _check_qrels(self, path: Path, read: _Read, local: np.ndarray, anywhere: set[int]) -> None:
         qrels = self.release / "qrels" / path.parent.name / f"{path.stem}_qrels.txt"
@@ -345,26 +412,69 @@ class _Check:
             row.add("dangling ids", f"{qrels}: no right answer for the query {qid} of {path.name}; add one")
 
     def _check_pictures(self, read: _Read) -> None:
-        """Decodes every picture that a file names, once; if all are good, that is remembered."""
-        digest = hashlib.sha256("\n".join([str(self.images), *read.pictures]).encode()).hexdigest()
+        """Decodes every picture that a file names, once. Those that are good are remembered with their sizes."""
+        named = list(read.pictures)
+        sizes = self._each(self._size, named, "sizes of", read.path)
+        listed = [str(self.images), *(f"{name} {size}" for name, size in zip(named, sizes, strict=True))]
+        digest = hashlib.sha256("\n".join(listed).encode()).hexdigest()
         note = self.kept / f"{read.row.file.replace('/', '.')}.json"
-        if note.exists() and (before := json.loads(note.read_text("utf-8")))["digest"] == digest:
+        before = json.loads(note.read_text("utf-8")) if note.exists() else {}
+        known = before.get("digest") == digest
+        looked_at = before["bad"] if known else named
+        if known and before["blank"]:
             read.row.add("blank", times=before["blank"])
-            return
-        named = list(read.pictures.items())
-        bar = tqdm(total=len(named), unit="picture", desc=read.path.stem, leave=False, disable=None)
+        bad: dict[str, str] = {}
+        verdicts = self._each(self._verdict, looked_at, "pictures of", read.path)
+        for relative, (column, why) in zip(looked_at, verdicts, strict=True):
+            if column:
+                where = f"{read.path}, line {read.pictures[relative]}"
+                read.row.add(column, f"{where}: the picture {relative!r} {why}; unpack it again")
+            if column in DROPPED:
+                bad[relative] = f"the picture {relative!r} {why}"
+        blank = read.row.counts.get("blank", 0)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"digest": digest, "blank": blank, "bad": list(bad)}), "utf-8")
+        if bad:
+            self._drop_shown(read, bad)
+
+    def _each(self, look: Callable[[str], _Found], names: Sequence[str], what: str, path: Path) -> list[_Found]:
+        """What `look` finds of each picture, in threads."""
+        found: list[_Found] = []
+        bar = tqdm(total=len(names), unit="picture", desc=f"{what} {path.stem}", leave=False, disable=None)
         with ThreadPoolExecutor() as pool, bar:
-            for first in range(0, len(named), WAITING):
-                part = named[first : first + WAITING]
-                verdicts = pool.map(self._verdict, [relative for relative, _ in part])
-                for (relative, line), (column, why) in zip(part, verdicts, strict=True):
-                    if column:
-                        where = f"{read.path}, line {line}"
-                        read.row.add(column, f"{where}: the picture {relative!r} {why}; unpack it again")
-                bar.update(len(part))
-        if not read.row.problems:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({"digest": digest, "blank": read.row.counts.get("blank", 0)}), "utf-8")
+            for first in range(0, len(names), WAITING):
+                found += pool.map(look, names[first : first + WAITING])
+                bar.update(len(found) - first)
+        return found
+
+    def _size(self, relative: str) -> int:
+        """Bytes; -1 for none."""
+        try:
+            return (self.images / relative).stat().length
+        except OSError:
+            return -1
+
+    def _drop_shown(self, read: _Read, bad: dict[str, str]) -> None:
+        """Leaves out all that show a bad picture; where that is still a fault, nothing is built at all."""
+        before = {drop.line for drop in self.report.dropped if drop.file == read.row.file}
+        for at, (_, record) in enumerate(mbeir.lines(read.path), start=1):
+            paths = record.get("query_img_path") or record.get("img_path") or []
+            shown = [path for path in (paths if isinstance(paths, list) else [paths]) if path in bad]
+            if shown and at not in before:
+                self._drop(read.path, at, record, bad[shown[0]])
+
+    def _drop_unanswered(self) -> None:
+        """Leaves out the training queries all of whose right answers are left out."""
+        gone = {drop.id for drop in self.report.dropped if self.release / drop.file == self.home}
+        path = self.release / "query/union_train/mbeir_union_up_train.jsonl"
+        if not gone or not path.exists():
+            return
+        before = {drop.line for drop in self.report.dropped if self.release / drop.file == path}
+        for at, (where, record) in enumerate(mbeir.lines(path), start=1):
+            if at not in before:
+                query = mbeir.read_query(where, record, {}, lambda *_: b"there")
+                if gone.issuperset(query["pos_dids"]):
+                    self._drop(path, at, record, "its right answers are left out")
 
     def _verdict(self, relative: str) -> tuple[str, str]:
         """("", "") for a good picture, else its column of the table and what to say of it."""

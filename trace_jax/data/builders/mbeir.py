@@ -35,6 +35,7 @@ from tensorflow_datasets.core.decode import DeserializeMethod
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from trace_jax.data.processor import decode_image
 from trace_jax.data.schema import MARK
 
 VERSION = "1.3.0"
@@ -48,12 +49,29 @@ SIDES = {"t": "text", "i": "image", "it": "image,text"}
 QIDS, DIDS = 500_000, 10_000_000
 """M-BEIR's integer of an id is its data set times one of these, plus its number."""
 
+TRACES = "*_cot.jsonl"
+"""The files of cot/train, cot/val and cot/test that are read."""
+
 _ID = re.compile(r"\d+:\d+")
 _TAILS = {b"\x89PNG": b"IEND\xaeB`\x82", b"\xff\xd8\xff": b"\xff\xd9"}
 
 
 class ReleaseError(ValueError):
     """A release folder that cannot be built: the message names the file, the line and the mend."""
+
+
+class EmptyError(ReleaseError):
+    """A record without the text or the picture that its modality tells of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drop:
+    """A record that is left out of the records, because its fault was accepted."""
+
+    file: str  # within the release
+    line: int  # from 1
+    id: str  # qid or did
+    why: str
 
 
 class QueryRecord(TypedDict):
@@ -128,7 +146,9 @@ def _field(record: dict[str, Any], name: str, where: str) -> Any:
 
 
 def pictures(folder: Path | epath.Path) -> Picture:
-    """Reads the pictures of a release, local or gs://; each must be there and whole (by its first and last bytes)."""
+    """Reads the pictures of a release, local or gs://; each must be there and whole: it ends as its format does, or can
+    be decoded all the same.
+    """
 
     def read(relative: str | None, where: str) -> bytes:
         if not relative:
@@ -139,7 +159,11 @@ def pictures(folder: Path | epath.Path) -> Picture:
             raise ReleaseError(f"{where}: no picture {relative!r} under {folder}; unpack mbeir_images there") from error
         for head, tail in _TAILS.items():
             if data.startswith(head) and tail not in data[-64:]:
-                raise ReleaseError(f"{where}: the picture {relative!r} is cut short; unpack it again")
+                try:
+                    decode_image(data, "")
+                except ValueError as error:
+                    message = f"{where}: the picture {relative!r} is cut short; unpack it again"
+                    raise ReleaseError(message) from error
         if len(data) < 16:
             raise ReleaseError(f"{where}: the picture {relative!r} is empty; unpack it again")
         return data
@@ -154,7 +178,7 @@ def _modality(record: dict[str, Any], name: str, txt: str, image: object, where:
     modality = MODALITIES[stated]
     if ("text" in modality and not txt) or ("image" in modality and not image):
         missing = "text" if not txt else "picture"
-        raise ReleaseError(f"{where}: {name} is {stated!r} but there is no {missing}; mend either")
+        raise EmptyError(f"{where}: {name} is {stated!r} but there is no {missing}; mend either")
     return modality
 
 
@@ -219,14 +243,18 @@ def read_candidate(where: str, record: dict[str, Any], picture: Picture) -> Cand
 def load_traces(release: Path, split: str) -> dict[str, Trace]:
     """Qid -> trace, from every file of cot/<split>; empty if the release has none."""
     traces: dict[str, Trace] = {}
-    for path in sorted((release / "cot" / split).glob("*_cot.jsonl")):
-        for where, record in lines(path):
-            traces[_field(record, "qid", where)] = {
-                "complex": bool(_field(record, "complex", where)),
-                "reasoning": record.get("reasoning") or "",
-                "answer": record.get("answer") or "",
-            }
+    for path in sorted((release / "cot" / split).glob(TRACES)):
+        traces.update(read_trace(where, record) for where, record in lines(path))
     return traces
+
+
+def read_trace(where: str, record: dict[str, Any]) -> tuple[str, Trace]:
+    """One line of a file of cot/: its qid and the trace. Raises ReleaseError."""
+    return _id(record, "qid", where), {
+        "complex": bool(_field(record, "complex", where)),
+        "reasoning": record.get("reasoning") or "",
+        "answer": record.get("answer") or "",
+    }
 
 
 def load_qrels(path: Path | str) -> dict[str, set[str]]:
@@ -340,8 +368,19 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     VERSION = tfds.core.Version(VERSION)
     features: dict[str, Any]
 
-    def __init__(self, split: str, path: Path, data_dir: Path, picture: Picture, traces: dict[str, Trace]) -> None:
+    def __init__(
+        self,
+        split: str,
+        path: Path,
+        data_dir: Path,
+        picture: Picture,
+        traces: dict[str, Trace],
+        *,
+        left_out: frozenset[int] = frozenset(),  # lines
+        gone: frozenset[str] = frozenset(),  # dids that queries name no longer
+    ) -> None:
         self._split, self._path, self._picture, self._traces = split, path, picture, traces
+        self._left_out, self._gone = left_out, gone
         self.index: _Index = {}
         super().__init__(data_dir=str(data_dir), file_format="array_record")
 
@@ -357,6 +396,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         del dl_manager
         return {self._split: self._generate_examples()}
 
+    def _lines(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Those that are kept."""
+        return (line for number, line in enumerate(lines(self._path), 1) if number not in self._left_out)
+
 
 class MbeirQueries(_Builder, skip_registration=True):
     """A query file, each query with its picture and, if it has one, its trace."""
@@ -366,8 +409,10 @@ class MbeirQueries(_Builder, skip_registration=True):
 
     def _generate_examples(self) -> _Examples:
         self.index = {"keys": [], "tasks": []}
-        for number, (where, record) in enumerate(lines(self._path)):
+        for number, (where, record) in enumerate(self._lines()):
             query = read_query(where, record, self._traces, self._picture)
+            query["pos_dids"] = [did for did in query["pos_dids"] if did not in self._gone]
+            query["neg_dids"] = [did for did in query["neg_dids"] if did not in self._gone]
             self.index["keys"].append(query["qid"])
             self.index["tasks"].append(query["task_id"])
             yield number, dict(query)
@@ -381,14 +426,14 @@ class MbeirCandidates(_Builder, skip_registration=True):
 
     def _generate_examples(self) -> _Examples:
         self.index = {"keys": []}
-        for number, (where, record) in enumerate(lines(self._path)):
+        for number, (where, record) in enumerate(self._lines()):
             candidate = read_candidate(where, record, self._picture)
             self.index["keys"].append(candidate["did"])
             yield number, dict(candidate)
 
 
-def fingerprint(release: Path) -> str:
-    """A digest of what the records are made from: names, sizes and ends of all the text files."""
+def fingerprint(release: Path, dropped: Sequence[Drop] = ()) -> str:
+    """A digest of what the records are made from: names, sizes and ends of all the text files, and what is left out."""
     digest = hashlib.sha256(VERSION.encode())
     for folder in ("query", "cand_pool", "cot"):
         for path in sorted((release / folder).glob("*/*.jsonl")):  # also in folders that are links
@@ -396,6 +441,8 @@ def fingerprint(release: Path) -> str:
             with path.open("rb") as file:
                 file.seek(max(0, size - 65536))
                 digest.update(f"{path.relative_to(release)} {size}".encode() + file.read())
+    for drop in dropped:
+        digest.update(f"{drop.file} {drop.line}".encode())
     return digest.hexdigest()
 
 
@@ -411,13 +458,20 @@ class Part:
         """The file that says that the part is finished."""
         return records / (QUERIES if self.traces else CANDIDATES) / f"{self.split}.index.json"
 
-    def write(self, release: Path, records: Path, images: str) -> None:
-        """Writes the split, then its index. `images` is where the pictures' paths start, local or gs://."""
+    def write(self, release: Path, records: Path, images: str, dropped: Sequence[Drop] = ()) -> None:
+        """Writes the split, then its index. `images` is where the pictures' paths start, local or gs://. `dropped` are
+        left out; training queries no longer name those of their pool.
+        """
         tfds.disable_progress_bar()
         picture = pictures(epath.Path(images))
         traces = load_traces(release, self.traces) if self.traces else {}
         kind = MbeirQueries if self.traces else MbeirCandidates
-        builder = kind(self.split, self.path, records / kind.name / self.split, picture, traces)
+        folder = records / kind.name / self.split
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was stopped: TFDS would reuse it, with no index
+        file, home = str(self.path.relative_to(release)), f"cand_pool/global/{TRAIN_POOL}.jsonl"
+        left_out = frozenset(drop.line for drop in dropped if drop.file == file)
+        gone = frozenset(drop.id for drop in dropped if drop.file == home and self.traces == "train")
+        builder = kind(self.split, self.path, folder, picture, traces, left_out=left_out, gone=gone)
         with contextlib.redirect_stdout(io.StringIO()):  # it tells of downloads that there are none
             builder.download_and_prepare()
         path = self.index(records)
@@ -432,11 +486,26 @@ def parts_of(release: Path) -> list[Part]:
     return queries + [Part(split, path) for split, path in pool_files(release).items()]
 
 
+def _refuse_another(release: Path, place: Path) -> None:
+    """Raises ReleaseError where a real folder, and no link, holds other qrels or prompts than those of the release."""
+    if place.is_symlink() or not place.exists():
+        return
+    for name in ("qrels", "instructions"):
+        if (place / name).resolve() != (release / name).resolve():
+            raise ReleaseError(
+                f"{place} holds {name} other than those of {release}, beside whose records they would be read: move"
+                " that folder away, or give the data another name"
+            )
+
+
 def link_release(release: Path, folder: Path) -> None:
-    """Makes folder/release a link to a release that lies elsewhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "release").exists():
-        (folder / "release").symlink_to(release.resolve())
+    """Makes folder/release a link to a release that lies elsewhere, whatever it linked to before."""
+    link, beside = folder / "release", folder / "release.partial"
+    if link.resolve() == release or (link.is_dir() and not link.is_symlink()):
+        return
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(release)
+    beside.replace(link)
 
 
 def one_by_one(write: Callable[[Part], None], parts: Sequence[Part]) -> None:
@@ -450,31 +519,40 @@ def build(
     folder: Path | str,
     *,
     images: str = "",
+    dropped: Sequence[Drop] = (),
     run: Callable[[Callable[[Part], None], Sequence[Part]], None] = one_by_one,
 ) -> bool:
     """Writes folder/records from a release, unless they are there; says whether it had to.
 
-    The pictures are under `images`, local or gs://; without it, in the release. `run` writes
-    the parts, here or on many machines that all see `folder`. Everything is written beside its place and renamed at the
-    very end; a build that was stopped goes on with the parts that are not finished. Raises ReleaseError for a release
-    that is not in M-BEIR's layout, with the file, the line and the mend.
+    The pictures are under `images`, local or gs://; without it, in the release. What is `dropped` is left out, and
+    listed in records/dropped.jsonl. `run` writes the parts, here or on many machines that all see `folder`. Everything
+    is written beside its place and renamed at the very end; a build that was stopped goes on with the parts that are
+    not finished. Raises ReleaseError for a release that is not in M-BEIR's layout, with the file, the line and the
+    mend, and where another release is in the place of its link.
     """
     release, folder = Path(release).resolve(), Path(folder)
     if not query_files(release) or not pool_files(release):
         raise ReleaseError(f"{release}: no query/ or cand_pool/local/ files; is this an M-BEIR release?")
-    link_release(release, folder)
-    records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release)}
+    _refuse_another(release, folder / "release")
+    folder.mkdir(parents=True, exist_ok=True)
+    records, stamp = folder / "records", {"version": VERSION, "fingerprint": fingerprint(release, dropped)}
     if _read_json(records / "stamp.json") == stamp:
+        link_release(release, folder)
         return False
     partial = folder / "records.partial"
     if _read_json(partial / "stamp.json") != stamp:
         shutil.rmtree(partial, ignore_errors=True)
         for kind in (QUERIES, CANDIDATES):
             (partial / kind).mkdir(parents=True)
+        if dropped:
+            listed = "".join(json.dumps(dataclasses.asdict(drop)) + "\n" for drop in dropped)
+            (partial / "dropped.jsonl").write_text(listed, "utf-8")
         (partial / "stamp.json").write_text(json.dumps(stamp), "utf-8")
     left = [part for part in parts_of(release) if not part.index(partial).exists()]
-    run(functools.partial(Part.write, release=release, records=partial, images=images or str(release)), left)
+    images = images or str(release)
+    run(functools.partial(Part.write, release=release, records=partial, images=images, dropped=dropped), left)
     shutil.rmtree(records, ignore_errors=True)
+    link_release(release, folder)  # while there are no records: those of one release never lie beside another
     partial.rename(records)
     return True
 
