@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.bucket import Bucket
-from tests.programs import start
+from tests.programs import environments, start
 from trace_jax.config import ROOT, Config, Mesh, load_config
 from trace_jax.model import weights
 from trace_jax.training.metrics import read_metrics
@@ -27,23 +26,8 @@ def configured(config: Config, folder, steps: int) -> Config:
     return dataclasses.replace(config, workdir=workdir, training=training, data=data, loss=loss, mesh=Mesh(4, 2, 1))
 
 
-def environments(processes: int) -> list[dict[str, str]]:
-    """What tells so many processes, more than one, that they are one program and share eight CPU devices."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "JAX_NUM_CPU_DEVICES": str(8 // processes),
-        "JAX_NUM_PROCESSES": str(processes),
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-    }
-    return [shared | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
-
-
 def launch(config: Config, processes: int) -> list:
     """Starts training in so many processes that share eight CPU devices."""
-    if processes == 1:
-        return [start("train", config, JAX_NUM_CPU_DEVICES="8")]
     return [start("train", config, **environment) for environment in environments(processes)]
 
 
