@@ -244,7 +244,7 @@ def test_missing_field_and_wrong_line(release, tmp_path):
         mbeir.build(release, tmp_path)
 
 
-@pytest.mark.parametrize(("data", "message"), [(RED[:-20], "cut short"), (b"", "is empty")])
+@pytest.mark.parametrize(("data", "message"), [(RED[:-30], "cut short"), (b"", "is empty")])
 def test_truncated_picture(release, tmp_path, data, message):
     (release / "mbeir_images/a/red.png").write_bytes(data)
     with pytest.raises(mbeir.ReleaseError, match=message):

@@ -222,7 +222,8 @@ def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepare
     assert "VIST" in write_report(config, benchmark).read_text()
     assert metrics_path(config).name == "metrics_genecis.json"
     # A model whose embeddings are all alike has found nothing, though right answers have the first dids.
-    searcher, key = evaluation.Searcher(config, benchmark, retriever.key), queries_key(config, retriever)
+    searcher = evaluation.Searcher(config, benchmark, CandidateVectors(config, benchmark, retriever.whole_key))
+    key = queries_key(config, retriever, benchmark)
     one = np.random.default_rng(0).normal(size=48).astype(np.float32)
     monkeypatch.setattr(CandidateVectors, "read", lambda _, rows: np.tile(one, (len(rows), 1)))
     for query_set in benchmark.query_sets:

@@ -348,19 +348,23 @@ def _pack_shard(examples: list[Tokenized], capacity: Capacity, processor: Proces
 
 
 def measure_capacity(batches: Iterable[SequenceOf[Tokenized]], shards: int, config: Config) -> Capacity:
-    """Chooses static shapes from some batches: a pure function of the data and the seed, the same on all hosts."""
+    """Chooses static shapes from some batches, or hosts' parts of them, each dealt to so many shards.
+
+    A pure function of the data and the seed, the same on all hosts.
+    """
     data = config.data
-    rows = patch_rows = targets = 1
+    pairs = rows = patch_rows = targets = 1
     for batch in batches:
         for hand in deal(batch, shards):
             sequences = [sequence for item in hand for sequence in item.sequences]
             images = [len(image.values) for image in unique_images(sequences)]
+            pairs = max(pairs, len(hand))
             rows = max(rows, 1 + max(first_fit([len(sequence) for sequence in sequences], data.row_length)))
             patch_rows = max(patch_rows, 1 + max(first_fit(images, data.patch_row_length), default=0))
             targets = max(targets, sum(len(written) for item in hand for _, _, written in item.supervised))
     chunk = config.loss.vocabulary_chunk
     return Capacity(
-        pairs=data.batch_size // shards,
+        pairs=pairs,
         rows=data.rows or round(rows * SLACK),  # of few rows, one more would be much
         patch_rows=data.patch_rows or round(patch_rows * SLACK),
         targets=math.ceil(targets * SLACK**2 / chunk) * chunk,
@@ -421,14 +425,14 @@ def training_batches(
     ]
     mixed = grain.MapDataset.mix(blocks, weights=[weights[name] for name in chosen])
 
-    def batches_of(pairs: int) -> grain.MapDataset:
-        return mixed.batch(
-            pairs // data.same_task,
-            drop_remainder=True,
-            batch_fn=lambda parts: list(itertools.chain.from_iterable(parts)),
-        )
-
-    whole = batches_of(data.batch_size)
-    capacity = measure_capacity((cast(list[Tokenized], whole[i]) for i in range(MEASURED_BATCHES)), shards, config)
-    parts, own = batches_of(data.batch_size // hosts)[host::hosts], shards // hosts
+    each = mixed.batch(  # a host's part
+        data.batch_size // hosts // data.same_task,
+        drop_remainder=True,
+        batch_fn=lambda parts: list(itertools.chain.from_iterable(parts)),
+    )
+    own = shards // hosts
+    # All hosts' parts are measured as they are dealt, so that pairs find room whatever the number of hosts.
+    measured = (cast(list[Tokenized], each[i]) for i in range(MEASURED_BATCHES * hosts))
+    capacity = measure_capacity(measured, own, config)
+    parts = each[host::hosts]
     return Pipeline(parts, parts.map(lambda items: pack_batch(items, own, capacity, processor, config)), capacity, own)

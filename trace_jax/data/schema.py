@@ -92,7 +92,7 @@ class Example:
     document: Document | None
     target: str
     task: int
-    query_key: int = 0
+    query_key: int = -1  # nobody else's
     document_key: int = 0
     positives: tuple[int, ...] = ()
     negatives: tuple[tuple[Document, int], ...] = ()

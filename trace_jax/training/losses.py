@@ -121,8 +121,8 @@ def info_nce(
     queries [N, D] normalised; `documents` are N, of which query n's own is the n-th, and a query is valid where it is;
     `negatives` are hard ones, any number; query_key [N], positives [N, K]. A document that is known to be right for a
     query is never its negative: its key is among the query's positives, or it is the own document of the same query
-    (an equal key), under another id or by a right answer beyond the first K. Returns the loss and the recall@1 within
-    the batch. The arrays are global: the compiler gathers the documents across devices.
+    (an equal key; -1 equals none), under another id or by a right answer beyond the first K. Returns the loss and the
+    recall@1 within the batch. The arrays are global: the compiler gathers the documents across devices.
     """
 
     def scored(candidates: Documents) -> tuple[jax.Array, jax.Array]:
@@ -135,7 +135,8 @@ def info_nce(
         return scores, candidates.valid[None, :] & ~known
 
     square, counted = scored(documents)
-    own_pair, same = jnp.eye(len(queries), dtype=bool), query_key[:, None] == query_key[None, :]
+    own_pair = jnp.eye(len(queries), dtype=bool)
+    same = (query_key[:, None] == query_key[None, :]) & (query_key >= 0)[None, :]
     scores = square = jnp.where((counted & ~same) | own_pair, square, MASKED)
     own = jnp.diagonal(square)
     if len(negatives.key):  # beside the others: rows are split over devices, columns are not
