@@ -19,6 +19,7 @@ from trace_jax.retrieval.pools import embed_candidates
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
+    program.prepare(config.run_dir)
     sharding.join_processes()
     with program.clear_errors(), artifacts.stage(config.run_dir, "embed") as stage:
         retriever = Retriever.load(config, untrained=options.untrained)

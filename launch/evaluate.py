@@ -19,6 +19,7 @@ from trace_jax.retrieval.evaluation import Scope, describe, evaluate, record_sec
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
+    program.prepare(config.run_dir)
     scope = Scope(options.tasks, options.splits, options.pools, options.prompts)
     with program.clear_errors(ValueError), artifacts.stage(config.run_dir, "evaluate") as stage:
         retriever = Retriever.load(config, untrained=options.untrained)

@@ -18,6 +18,7 @@ from trace_jax.retrieval.report import write_report
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)
+    program.prepare(config.run_dir)
     with program.clear_errors(), artifacts.stage(config.run_dir, "report"):
         benchmark = Benchmark(config)
         path = write_report(config, benchmark, options.compare)

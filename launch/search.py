@@ -38,8 +38,7 @@ def main() -> None:
     if options.top < 1:
         parser.error("--top must be at least 1")
     chosen = config.load_config(options.config, overrides)
-    program.prepare_logging()
-    program.keep_compiled(chosen.run_dir)
+    program.prepare(chosen.run_dir)
     with program.clear_errors(ValueError):
         query = search.read_query(options.text, options.image, options.instruction)
         answer = search.search(chosen, query, pool=options.pool, top=options.top, mode=options.mode)

@@ -16,7 +16,6 @@ from trace_jax.training.train import train
 if __name__ == "__main__":
     chosen = config.from_command_line(sys.argv[1:])
     sharding.join_processes()
-    program.prepare_logging()
-    program.keep_compiled(chosen.run_dir)
+    program.prepare(chosen.run_dir)
     with program.clear_errors(ValueError, FloatingPointError), artifacts.stage(chosen.run_dir, "train") as stage:
         stage.worked = train(chosen)

@@ -6,12 +6,31 @@ import pytest
 from trace_jax.retrieval import program
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_what_is_compiled_stays_with_the_run(monkeypatch, tmp_path, named):
+@pytest.fixture
+def cache(monkeypatch):
+    """Reads JAX's folder of compiled programs; it is as before when the test ends."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     before = jax.config.values["jax_compilation_cache_dir"]
-    try:
-        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere" if named else "")
-        program.keep_compiled(str(tmp_path))
-        assert jax.config.values["jax_compilation_cache_dir"] == (before if named else str(tmp_path / "compiled"))
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+    yield lambda: jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_what_is_compiled_stays_with_the_run_wherever_the_process_goes(cache, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    program.keep_compiled("runs/mine")
+    assert cache() == str(tmp_path / "runs" / "mine" / "compiled")
+    program.keep_compiled("gs://bucket/mine")
+    assert cache() == "gs://bucket/mine/compiled"
+
+
+def test_the_environment_names_the_folder_of_what_is_compiled(cache, monkeypatch, tmp_path):
+    before = cache()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    program.keep_compiled(str(tmp_path))
+    assert cache() == before
+
+
+def test_reading_options_changes_nothing(cache):
+    before = cache()
+    config, _ = program.arguments(["emoji_tiny", "--pools", "local"], None)
+    assert config.name == "emoji_tiny" and cache() == before

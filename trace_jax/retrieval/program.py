@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -75,9 +76,13 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
         chosen = dataclasses.replace(chosen, evaluation=searched)
     if options.untrained and not chosen.workdir:
         chosen = dataclasses.replace(chosen, workdir=f"runs/{chosen.name}_untrained")
-    prepare_logging()
-    keep_compiled(chosen.run_dir)
     return chosen, options
+
+
+def prepare(run_dir: str) -> None:
+    """What a program of a run does first: plain log lines, and what is compiled stays with the run."""
+    prepare_logging()
+    keep_compiled(run_dir)
 
 
 def prepare_logging() -> None:
@@ -93,7 +98,9 @@ def keep_compiled(run_dir: str) -> None:
     The environment variable JAX_COMPILATION_CACHE_DIR names another folder.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(epath.Path(run_dir) / "compiled"))
+        # JAX opens it again for each program, wherever the process stands by then.
+        folder = run_dir if "://" in run_dir else pathlib.Path(run_dir).absolute()
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(folder) / "compiled"))
 
 
 @contextlib.contextmanager
