@@ -32,7 +32,7 @@ class Arguments:
     """What to build, and where."""
 
     name: tyro.conf.Positional[str] = "emoji_small"
-    """emoji_small, emoji_full, or tiny."""
+    """emoji_small, emoji_full, emoji_mini (for ablations), or tiny (for tests)."""
     data_dir: pathlib.Path = pathlib.Path("data")
     """The folder that holds every data set; this one goes to its subfolder NAME."""
 

@@ -1,12 +1,16 @@
 """The paper's ablations on the embedded data.
 
-python launch/ablate.py emoji     (after launch/build_data.py emoji_small; resumable)
+python launch/build_data.py emoji_mini && python launch/ablate.py emoji     (hours on two cores; resumable)
+
+Many short runs on a third of the quickstart's data. With time, the quickstart's own length and data tell more:
+--options --data.release emoji_small, in which all other options of the base apply.
 """
 
 from trace_jax.retrieval.ablation import Suite
 
 config = Suite(
     name="emoji",
+    options=tuple("--data.release emoji_mini --data.batch-size 48 --data.hard-negatives 0 --training.steps 60".split()),
     variants={
         "trace": (),
         # Table 5; and the encoder of the two-stage pipeline (Sec. 4.6): it is given the traces of "trace", and needs

@@ -7,10 +7,11 @@ import dataclasses
 
 from trace_jax.retrieval.ablation import load_suite
 
+_whole = load_suite("emoji", ())
 config = dataclasses.replace(
-    load_suite("emoji", ()),
+    _whole,
     name="emoji_quick",
     seeds=(0,),
-    options=("--training.steps", "20", "--evaluation.queries", "16"),
+    options=(*_whole.options, "--training.steps", "20", "--evaluation.queries", "16"),
     page="runs/ablations/emoji_quick/reproduction.md",
 )

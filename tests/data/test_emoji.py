@@ -329,6 +329,7 @@ def test_unknown_size(tmp_path):
 def test_smaller_sizes_are_subsets():
     kept = {name: {e.text for e in concepts.emojis() if size.keeps(e)} for name, size in world.SIZES.items()}
     assert kept["tiny"] < kept["emoji_small"] < kept["emoji_full"]
+    assert kept["emoji_mini"] < kept["emoji_small"]
     assert len(kept["emoji_full"]) == 3781
     for size in world.SIZES.values():
         assert all(size.keeps(e) for e in concepts.emojis() if size.keeps_noto(e))

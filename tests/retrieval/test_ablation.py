@@ -1,21 +1,20 @@
 """A suite of ablations: its configurations, its verdicts, its page; and, slowly, a run of it that goes on."""
 
 import dataclasses
-import subprocess
 
 import pytest
 
 from launch import ablate
 from tests.programs import flags
 from trace_jax.config import Config
-from trace_jax.retrieval import artifacts
+from trace_jax.retrieval import artifacts, program
 from trace_jax.retrieval.ablation import CLAIMS, Suite, config_of, describe, finished, load_suite, modes_of, verdict
 from trace_jax.retrieval.evaluation import config_hash, metrics_path
 
 
 def test_every_variant_of_the_emoji_suite_is_a_configuration_of_its_own():
     suite = load_suite("emoji", [])
-    found = {variant: config_of(suite, variant, 1)[0] for variant in suite.variants}
+    found = {variant: config_of(suite, variant, 1) for variant in suite.variants}
     assert len({config_hash(config) for config in found.values()}) == len(found)
     assert {config.training.seed for config in found.values()} == {1}
     assert {config.name for config in found.values()} == {suite.base}
@@ -28,7 +27,7 @@ def test_every_variant_of_the_emoji_suite_is_a_configuration_of_its_own():
     assert load_suite("emoji", ["--seeds", "5"]).seeds == (5,)
     quick = load_suite("emoji_quick", [])
     assert quick.variants == suite.variants and quick.page != suite.page
-    assert config_of(quick, "trace", 0)[0].training.steps < found["trace"].training.steps
+    assert config_of(quick, "trace", 0).training.steps < found["trace"].training.steps
     with pytest.raises(SystemExit, match="Did you mean 'emoji'"):
         load_suite("emojy", [])
 
@@ -99,39 +98,35 @@ def test_a_claim_about_queries_that_there_are_none_of_cannot_be_told(labelled):
 
 def test_a_suite_goes_on_after_what_is_done(tiny_config: Config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "keep_compiled", lambda folder: None)
     suite = Suite("tiny", options=tuple(flags(tiny_config)), seeds=(0, 1), variants={"trace": (), "no_trace": ()})
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    started, compiled = [], set()
+    measured = []
 
-    def program(command: list[str], check: bool, env: dict[str, str]) -> subprocess.CompletedProcess:
-        compiled.add(env["JAX_COMPILATION_CACHE_DIR"])
-        started.append(command[1].rsplit("/", 1)[-1])
-        workdir = command[len(command) - 1 - command[::-1].index("--workdir") + 1]
-        config = next(
-            config
-            for variant in suite.variants
-            for seed in suite.seeds
-            if (config := config_of(suite, variant, seed)[0]).workdir == workdir
-        )
-        if started[-1] == "evaluate.py":
-            artifacts.write_json(metrics_path(config), made_up(50) | {"config_hash": config_hash(config)})
-        return subprocess.CompletedProcess(command, int(len(started) == 6))
+    def measure(config: Config, modes: list[str]) -> None:
+        measured.append(config.workdir)
+        if len(measured) == 2:
+            raise FloatingPointError("the loss is no number")
+        artifacts.write_json(metrics_path(config), made_up(50) | {"config_hash": config_hash(config)})
 
-    monkeypatch.setattr(subprocess, "run", program)
-    with pytest.raises(SystemExit, match=r"this failed: .*embed\.py"):
+    monkeypatch.setattr(ablate, "measure", measure)
+    with pytest.raises(FloatingPointError):
         ablate.run(suite)
-    assert finished(config_of(suite, "trace", 0)[0]) and not finished(config_of(suite, "trace", 1)[0])
-    page = ablate.run(suite)
-    assert started.count("train.py") == 5  # that of the second run twice: it failed after its training
-    assert "no_trace" in page
-    assert compiled == {str(tmp_path / "runs/ablations/tiny/compiled")}  # what one run has compiled the others need not
+    assert finished(config_of(suite, "trace", 0)) and not finished(config_of(suite, "trace", 1))
+    assert "no_trace" in ablate.run(suite)
+    names = ["trace_0", "trace_1", "trace_1", "no_trace_0", "no_trace_1"]
+    assert measured == [f"runs/ablations/tiny/{name}" for name in names]
+    some = dataclasses.replace(suite, only=("trace",))
+    assert "no_trace" not in ablate.run(some) and len(measured) == len(names)
+    with pytest.raises(ValueError, match="no variant tracy; there are trace, no_trace"):
+        ablate.run(dataclasses.replace(suite, only=("tracy",)))
     changed = dataclasses.replace(suite, options=(*suite.options, "--training.steps", "9"))
-    assert finished(config_of(changed, "trace", 0)[0]) is None
+    assert finished(config_of(changed, "trace", 0)) is None
 
 
 @pytest.mark.slow
 def test_a_suite_is_trained_and_measured(tiny_config: Config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "keep_compiled", lambda folder: None)
     options = flags(dataclasses.replace(tiny_config, workdir=""))
     suite = Suite(
         "tiny",
@@ -146,5 +141,5 @@ def test_a_suite_is_trained_and_measured(tiny_config: Config, monkeypatch, tmp_p
     )
     page = ablate.run(suite)
     assert "Training with traces beats training without" in page and "One model beats two" in page
-    before = finished(config_of(suite, "trace", 0)[0])
-    assert ablate.run(suite) == page and finished(config_of(suite, "trace", 0)[0]) == before
+    before = finished(config_of(suite, "trace", 0))
+    assert ablate.run(suite) == page and finished(config_of(suite, "trace", 0)) == before

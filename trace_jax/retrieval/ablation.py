@@ -16,7 +16,7 @@ from etils import epath
 
 from trace_jax.config import Config, load_config
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.evaluation import config_hash, metrics_path
+from trace_jax.retrieval.evaluation import EvaluationMode, config_hash, metrics_path
 from trace_jax.retrieval.generation import MODES
 
 
@@ -29,12 +29,20 @@ class Suite:
     seeds: tuple[int, ...] = (0, 1, 2)
     options: tuple[str, ...] = ()  # of all variants: another length, other batches
     variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name -> options of launch/train.py
+    only: tuple[str, ...] = ()  # the variants that are run; default: all
     page: str = "docs/reproduction.md"  # where the findings are written
 
     @property
     def folder(self) -> str:
         """Where the runs are."""
         return f"runs/ablations/{self.name}"
+
+    @property
+    def chosen(self) -> list[str]:
+        """The variants that are run, in their order. Raises ValueError for one that there is not."""
+        if unknown := set(self.only) - set(self.variants):
+            raise ValueError(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(self.variants)}")
+        return [variant for variant in self.variants if not self.only or variant in self.only]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Side:
     """
 
     variant: str
-    mode: str
+    mode: EvaluationMode
     queries: str
     measure: Literal["R@5", "reasoned"] = "R@5"
 
@@ -147,21 +155,22 @@ CLAIMS = (
 )
 
 
-def config_of(suite: Suite, variant: str, seed: int) -> tuple[Config, list[str]]:
-    """A run's configuration, and the command line that makes it."""
+def config_of(suite: Suite, variant: str, seed: int) -> Config:
+    """A run's configuration."""
 
     def workdir(of: str) -> str:
         return f"{suite.folder}/{of}_{seed}"
 
     own = [option.format(trace=workdir("trace")) for option in suite.variants[variant]]
     options = [*suite.options, *own, "--training.seed", str(seed), "--workdir", workdir(variant)]
-    return load_config(suite.base, options), [suite.base, *options]
+    return load_config(suite.base, options)
 
 
-def modes_of(variant: str) -> list[str]:
+def modes_of(variant: str) -> list[EvaluationMode]:
     """The modes that a variant is searched in: those that a claim or the table of modes asks for."""
-    asked = {side.mode for claim in CLAIMS for side in (claim.better, claim.worse) if side.variant == variant}
-    return sorted({*asked, "adaptive", *(MODES if variant == "trace" else ())})
+    asked: set[EvaluationMode] = {"adaptive", *(MODES if variant == "trace" else ())}
+    asked |= {side.mode for claim in CLAIMS for side in (claim.better, claim.worse) if side.variant == variant}
+    return sorted(asked)
 
 
 def finished(config: Config) -> dict[str, Any] | None:

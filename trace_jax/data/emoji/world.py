@@ -85,6 +85,18 @@ def _in_small(emoji: Emoji) -> bool:
     return True
 
 
+def _in_mini(emoji: Emoji) -> bool:
+    """A third of the small size; all that has few pictures anyway."""
+    if emoji.kind in ("heart", "circle", "square", "clock", "moon"):
+        return True
+    by = emoji.concept if emoji.kind in ("person", "hand", "flag") else emoji.name
+    return _in_small(emoji) and (emoji.text in _tools() or share("mini", by) < 0.3)
+
+
+def _in_mini_noto(emoji: Emoji) -> bool:
+    return _in_mini(emoji) and _in_small_noto(emoji)
+
+
 def _in_small_noto(emoji: Emoji) -> bool:
     if not _in_small(emoji):
         return False
@@ -112,11 +124,14 @@ SIZES = {
     size.name: size
     for size in (
         Size("tiny", _in_tiny, _in_tiny, 300, 500, 20, 30, 20),
+        Size("emoji_mini", _in_mini, _in_mini_noto, 3000, 6000, 50, 100, 60),
         Size("emoji_small", _in_small, _in_small_noto, 6000, 15000, 100, 250, 150),
         Size("emoji_full", lambda _: True, lambda _: True, 12000, 60000, 300, 1000, 500, edits=3),
     )
 }
-"""Name -> size: "tiny" for tests, "emoji_small" for the quickstart, "emoji_full" for long runs."""
+"""Name -> size: "tiny" for tests, "emoji_mini" for many short runs, "emoji_small" for the quickstart, "emoji_full" for
+long ones.
+"""
 
 
 @dataclass(eq=False)
