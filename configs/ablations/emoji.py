@@ -10,7 +10,11 @@ from trace_jax.retrieval.ablation import Suite
 
 config = Suite(
     name="emoji",
-    options=tuple("--data.release emoji_mini --data.batch-size 48 --data.hard-negatives 0 --training.steps 60".split()),
+    options=(
+        *("--data.release", "emoji_mini"),
+        *("--data.batch-size", "48", "--data.hard-negatives", "0"),
+        *("--training.steps", "60"),
+    ),
     variants={
         "trace": (),
         # Table 5; and the encoder of the two-stage pipeline (Sec. 4.6): it is given the traces of "trace", and needs
