@@ -1,6 +1,6 @@
 """The embedded base: a small Qwen2.5-VL that learns to see and write before TRACE makes a retriever of it.
 
-python launch/build_base.py     (tokenizer, random start, this training, emoji_base_exact; hours on 2 cores, resumable)
+python launch/build_base.py     (tokenizer, random start, this training and two more; hours on 2 cores, resumable)
 """
 
 from trace_jax.config import Config, Data, Loss, Model, Optimizer, Training
@@ -18,6 +18,7 @@ READ = {
     "text edit": {"person": 10, "symbol": 2.4, "clock": 4.7},
     "riddle": {"person": 2, "flag": 5},
     "fact": {"": 34},
+    "imagined": {"thing": 0, "clock": 0},  # emoji_base_composed reads them
 }
 
 config = Config(

@@ -1,4 +1,4 @@
-"""Rebuilds the embedded base model: tokenizer, random start, generative pretraining in two stages, export.
+"""Rebuilds the embedded base model: tokenizer, random start, generative pretraining in three stages, export.
 
 `python launch/build_base.py`. Stopped anywhere, the same command goes on.
 """
@@ -16,11 +16,11 @@ from trace_jax.training.train import train
 if __name__ == "__main__":
     if sys.argv[1:]:
         raise SystemExit(__doc__)
-    moved, exact = load_config("emoji_base"), load_config("emoji_base_exact")
     program.prepare_logging()
+    stages = [load_config(name) for name in ("emoji_base", "emoji_base_exact", "emoji_base_composed")]
     with program.clear_errors(ValueError):
-        base.make_start(moved)
-        train(moved)
-        base.export([moved], pathlib.Path(exact.model.base))
-        train(exact)
-        base.export([moved, exact], base.EMBEDDED)
+        base.make_start(stages[0])
+        for number, stage in enumerate(stages, start=1):
+            train(stage)
+            following = stages[number].model.base if number < len(stages) else base.EMBEDDED
+            base.export(stages[:number], pathlib.Path(following))

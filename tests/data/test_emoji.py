@@ -6,6 +6,7 @@ import io
 import json
 import pathlib
 import re
+from itertools import pairwise
 
 import pytest
 from PIL import Image
@@ -292,8 +293,41 @@ def test_generative_records(tiny):
         "translation": "person thing symbol clock",
         "text edit": "person symbol clock",
         "riddle": "person flag",
+        "imagined": "thing clock",
     }
     assert kinds == {f"{what} {subject}" for what, of in subjects.items() for subject in of.split()} | {"fact"}
+
+
+def test_what_is_imagined_is_right_and_names_no_drawn_cell_that_is_held_out(tiny):
+    records = [r for r in lines(tiny / "generative/train.jsonl") if r["kind"].startswith("imagined")]
+    written = {r["prompt"]: r["response"] for r in records}
+    assert len(written) == len(records) > 800
+    held_out = [e.caption for e in concepts.emojis() if e.split != "train" and e.kind in ("heart", "circle", "square")]
+    times = [e.caption for e in concepts.emojis() if e.kind == "clock"]
+    for prompt, response in written.items():
+        for caption in held_out:
+            assert not re.search(rf"\b{caption}\b", f"{prompt} {response}", re.IGNORECASE), (prompt, response)
+        assert not any(f"{caption}." in f"{prompt} {response}".lower() for caption in times), (prompt, response)
+        source, target = prompt.split(". ")[0], response.rstrip(".").split(". ")[-1]
+        assert response.startswith(f"{source}. ") and target != source
+        change = prompt.split(". ")[1].rstrip(".")
+        if found := re.fullmatch(r"(?:But in|The same .* in|Make it) ([a-z ]+)", change):
+            stays = re.sub(r"^An? (?:light )?[a-z]+ ", "", source)
+            if found[1] in {e.value for e in concepts.emojis()}:  # a colour, and not a thing in one
+                assert target.lower() == wording.article(f"{found[1]} {stays}")
+    later = re.compile(r"A clock showing (.* (?:past|to)) (\w+)\. (?:The clock )?one hour later\.", re.IGNORECASE)
+    shifted = {prompt: found for prompt in written if (found := later.fullmatch(prompt))}
+    numbers = [wording.clock_words(2 * hour).removesuffix(" o'clock") for hour in range(13)]
+    following = dict(pairwise(numbers))
+    assert {found[2] for found in shifted.values()} == set(numbers)
+    for prompt, found in shifted.items():
+        assert written[prompt].endswith(f"A clock showing {found[1]} {following[found[2]]}."), prompt
+
+
+def test_times_are_said_as_people_say_them():
+    said = {0: "twelve o'clock", 15: "a quarter past twelve", 30: "half past twelve", 45: "a quarter to one"}
+    said |= {55: "five to one", 685: "twenty-five past eleven", 700: "twenty to twelve"}
+    assert {minutes: wording.time_words(minutes) for minutes in said} == said
 
 
 def test_the_words_of_a_held_out_question_are_not_read(tiny):

@@ -1,8 +1,8 @@
 """The embedded base model: its tokenizer, its random start, and the folder that is committed.
 
 `launch/build_base.py` walks through it: train a byte-level BPE on the release's training texts, write a random
-Qwen2.5-VL of a few million parameters as an ordinary Hugging Face folder, pretrain it generatively with
-configs/emoji_base.py and configs/emoji_base_exact.py, and export the result.
+Qwen2.5-VL of a few million parameters as an ordinary Hugging Face folder, pretrain it generatively in three stages
+(configs/emoji_base.py, emoji_base_exact.py, emoji_base_composed.py), and export the result.
 """
 
 import json

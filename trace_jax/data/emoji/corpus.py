@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from trace_jax.data.emoji.concepts import Emoji, countries, emojis, question_split, share, translations
 from trace_jax.data.emoji.edits import Edit, edits_of
+from trace_jax.data.emoji.imagined import imagined_things, imagined_times
 from trace_jax.data.emoji.questions import (
     KINDS,
     country_of,
@@ -129,6 +130,10 @@ def _read(world: World, split: str) -> Iterator[tuple[str, str, str]]:
                     yield f"riddle {subject}", _sentence(capital(text)), answer
     if split == "train":
         yield from _facts(world)
+        for what, edits in (("thing", imagined_things(world)), ("clock", imagined_times(world))):
+            for edit in edits:
+                ask = capital(_sentence(edit.text("read")))
+                yield f"imagined {what}", f"{_sentence(capital(edit.source.caption))} {ask}", _trace(edit)
 
 
 def _facts(world: World) -> Iterator[tuple[str, str, str]]:

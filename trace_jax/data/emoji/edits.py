@@ -25,7 +25,8 @@ _FAMILY_WORDS = {
 }
 """Families of concepts that change into one another, and what a person calls the thing changed."""
 
-_SHAPES = ("heart", "circle", "square")
+SHAPES = ("heart", "circle", "square")
+"""Concepts that are drawn in many colours."""
 _HAIR = {
     ": red hair": ("red", "with red hair"),
     ": curly hair": ("curly", "with curly hair"),
@@ -149,21 +150,24 @@ def _person_edit(source: Emoji, target: Emoji) -> Edit:
     return Edit(source, target, kind, _person_texts(source, target, kind), _thought(changed))
 
 
-def _coloured_edit(source: Emoji, target: Emoji) -> Edit:
+def coloured_edit(source: Emoji, target: Emoji) -> Edit:
+    """The edit between two things that have a colour."""
     colour, shape = target.value, target.concept
+    a_shape = wording.article(shape)
     if source.concept == shape:
         texts = (f"but in {colour}", f"the same {shape} in {colour}", f"make it {colour}")
         return Edit(source, target, "colour", texts, _thought([("colour", colour)]))
     if source.value == colour:
-        texts = (f"as a {shape} instead", f"a {shape} of the same colour", f"make it a {shape}")
-        return Edit(source, target, "shape", texts, _thought([("shape", f"a {shape}")]))
-    texts = (f"as a {shape} in {colour}", f"make it a {shape} and {colour}")
-    changed = [("shape", f"a {shape}"), ("colour", colour)]
+        texts = (f"as {a_shape} instead", f"{a_shape} of the same colour", f"make it {a_shape}")
+        return Edit(source, target, "shape", texts, _thought([("shape", a_shape)]))
+    texts = (f"as {a_shape} in {colour}", f"make it {a_shape} and {colour}")
+    changed = [("shape", a_shape), ("colour", colour)]
     return Edit(source, target, "shape+colour", texts, _thought(changed))
 
 
-def _clock_edit(source: Emoji, target: Emoji, shift: int) -> Edit:
-    span, now = span_words(abs(shift)), clock_words(int(target.value))
+def clock_edit(source: Emoji, target: Emoji, shift: int, now: str) -> Edit:
+    """The edit by so many half hours, after which it is `now`."""
+    span = span_words(abs(shift))
     when = "later" if shift > 0 else "earlier"
     texts = (f"{span} {when}", f"the clock {span} {when}")
     thought = (f"{capital(span)} {when} it is {now}.",)
@@ -215,14 +219,14 @@ def edits_of(source: Emoji) -> Iterator[Edit]:
         for key in keys:
             if (target := find(key)) is not None:
                 yield _person_edit(source, target)
-    elif source.concept in _SHAPES:
+    elif source.concept in SHAPES:
         for (concept, _), target in _valued().items():
-            if concept in _SHAPES and target is not source:
-                yield _coloured_edit(source, target)
+            if concept in SHAPES and target is not source:
+                yield coloured_edit(source, target)
     elif source.kind == "clock":
         for shift in (*range(-6, 0), *range(1, 7)):
             target = _valued()["clock", str((int(source.value) + shift) % 24)]
-            yield _clock_edit(source, target, shift)
+            yield clock_edit(source, target, shift, clock_words(int(target.value)))
 
 
 def _turned(emoji: Emoji) -> str:

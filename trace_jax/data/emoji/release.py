@@ -22,7 +22,7 @@ from trace_jax.data.emoji.queries import DATASETS, Candidate, Dataset, Query, po
 from trace_jax.data.emoji.wording import capital
 from trace_jax.data.emoji.world import SIZES, draw
 
-VERSION = "1.6.0"
+VERSION = "1.7.0"
 """Rises whenever the written bytes change; a folder of another version is built anew."""
 
 _IMAGE, _TEXT, _BOTH = "image", "text", "image,text"

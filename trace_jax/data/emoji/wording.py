@@ -277,10 +277,21 @@ _NUMBERS = (
 )
 
 
+_MINUTES = {5: "five", 10: "ten", 15: "a quarter", 20: "twenty", 25: "twenty-five", 30: "half"}
+
+
+def time_words(minutes: int) -> str:
+    """The time so many minutes, a multiple of five, after twelve: "half past four", "a quarter to nine"."""
+    hours, past = divmod(minutes, 60)
+    hour, following = (_NUMBERS[number % 12 or 12] for number in (hours, hours + 1))
+    if not past:
+        return f"{hour} o'clock"
+    return f"{_MINUTES[past]} past {hour}" if past <= 30 else f"{_MINUTES[60 - past]} to {following}"
+
+
 def clock_words(half_hours: int) -> str:
     """The time after `half_hours` half hours past twelve: "half past four", "nine o'clock"."""
-    hour = _NUMBERS[half_hours // 2 % 12 or 12]
-    return f"half past {hour}" if half_hours % 2 else f"{hour} o'clock"
+    return time_words(30 * half_hours)
 
 
 def span_words(half_hours: int) -> str:
