@@ -21,7 +21,7 @@ from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, chosen, read_rows
 from trace_jax.cot.statistics import BINS, Statistics
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.schema import TASKS
 
 
@@ -177,10 +177,10 @@ def test_metadata_teaches_what_it_holds(tmp_path, emoji):
         "reason": "It has none.",
     }
     (tmp_path / "cot").symlink_to(emoji.release / "cot")
-    with pytest.raises(mbeir.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
+    with pytest.raises(layout.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
         teacher.MetadataTeacher(tmp_path)
     build = pipeline.Build(emoji_config(), write_release(tmp_path / "release", 8), tmp_path / "out")
-    with pytest.raises(mbeir.ReleaseError, match="no traces in cot/train"):
+    with pytest.raises(layout.ReleaseError, match="no traces in cot/train"):
         pipeline.run_stage(build, "assess", pipeline.read_source(build))
 
 
@@ -371,7 +371,7 @@ def test_what_is_wrong_with_a_release_is_said(tmp_path, path, old, new, message)
     text = (release / path).read_text()
     assert old in text
     (release / path).write_text(text.replace(old, new, 1))
-    with pytest.raises(mbeir.ReleaseError, match=message):
+    with pytest.raises(layout.ReleaseError, match=message):
         source.read(release, CotConfig(name="x"), tmp_path / "parts")
 
 
@@ -420,7 +420,7 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
     rows = [one for part in parts for one in read_rows(pipeline.folders(build)["assess"] / part)]
     assert len(rows) == 24 and not any(one.complex or one.dropped for one in rows)
     (sent.parent / "answers-3.jsonl").write_text('{"response": null}\n')
-    with pytest.raises(mbeir.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
+    with pytest.raises(layout.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
         batch.read_answers(build, "assess")
 
 

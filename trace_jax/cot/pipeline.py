@@ -24,7 +24,7 @@ from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
 from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 
 VERSION = "1.1.0"
 """Rises whenever a stage makes other rows or files of the same options."""
@@ -92,7 +92,7 @@ def folders(build: Build) -> dict[str, Path]:
     """Stage -> its folder. The first is "source"."""
     config = build.config
     asked = Prompts(config.prompts).hashes()
-    instructions = sorted(mbeir.read_instructions(build.release).items())
+    instructions = sorted(layout.load_instructions(build.release).items())
     depends: dict[str, list[Any]] = {
         "source": [
             mbeir.fingerprint(build.release),

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from trace_jax.config import Config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
+from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet
 from trace_jax.retrieval.embedder import Encoded
 from trace_jax.retrieval.evaluation import is_right, load_results, metrics_path, run_file
 from trace_jax.retrieval.tables import write_tables
@@ -105,7 +105,7 @@ class Examples:
         self._found: dict[str, list[tuple[int, float]]] = {}
         for line in run_file(config, query_set, config.evaluation.mode, "local").read_text().splitlines():
             qid, _, did, _, score, *_ = line.split()
-            self._found.setdefault(qid, []).append((mbeir.hash_did(did), float(score)))
+            self._found.setdefault(qid, []).append((layout.hash_did(did), float(score)))
         self.order = sorted(range(len(labelled.qids)), key=lambda i: hashlib.sha256(labelled.qids[i].encode()).digest())
 
     def rank(self, query: int) -> int | None:
@@ -143,7 +143,7 @@ class Examples:
 
     def _tile(self, did: int, score: float | None, right: bool) -> Tile:
         document = self._document(did)
-        return Tile(did_of(did), document.text, data_uri(document.image), score, right)
+        return Tile(layout.did_of(did), document.text, data_uri(document.image), score, right)
 
     def _document(self, did: int) -> Document:
         candidates = self._benchmark.candidates

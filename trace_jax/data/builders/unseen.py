@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_jax.data.builders.mbeir import SIDES, ReleaseError, lines
+from trace_jax.data.builders.layout import SIDES, ReleaseError, lines
 from trace_jax.data.schema import MARK, TASKS
 
 CIRCO = "circo"
