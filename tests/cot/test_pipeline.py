@@ -10,16 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from launch import build_cot, build_data
-from tests.cot.release import write_release
+from tests.cot.release import good_trace, write_release
 from tests.cot.test_server import config as scripted_config
 from tests.cot.test_server import digests, traces
 from trace_jax.config import ROOT, load_config
-from trace_jax.cot import batch, card, pipeline, source, stages, teacher, write
+from trace_jax.cot import batch, card, duplicates, pipeline, source, stages, teacher, write
 from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
 from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
-from trace_jax.cot.schema import Row, chosen, read_rows
+from trace_jax.cot.schema import Row, chosen, dump, read_rows, write_lines
 from trace_jax.cot.statistics import BINS, Statistics
 from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.schema import TASKS
@@ -220,6 +220,33 @@ def test_stages_run_apart_in_their_order(tmp_path, emoji):
         pipeline.run_stage(build, "generate", parts)
     with pytest.raises(pipeline.UnfinishedError, match="stage write needs stage verify"):
         write.write(build, parts)
+
+
+def test_near_duplicates_are_found_across_parts_and_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "SHARD", 16)
+    options = scripted_config("", part_rows=8)
+    build = pipeline.Build(options, write_release(tmp_path / "release", 8), tmp_path / "out")
+    parts, before = [f"x-{number:05}.jsonl" for number in range(5)], pipeline.folders(build)["generate"]
+    for number, part in enumerate(parts):  # each query of the first part comes again, in other words, in all others
+        rows = []
+        for place in range(1, 9):
+            reasoning, answer = good_trace(2 * place)
+            asked = row(qid=f"7:{8 * number + place}", text=f"the same in pink{'!' * number}", complex=True)
+            raw = f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
+            rows.append(dataclasses.replace(asked, target_text=answer, raw=raw))
+        write_lines(before / part, map(dump, rows))
+    assert pipeline.run_stage(build, "filter", parts) == 5
+    after = pipeline.folders(build)["filter"]
+    assert len(list((after / "judged").glob("duplicates-*"))) == 3  # shards of at most 16 rows
+    found = {one.qid: (one.dropped, one.detail) for part in parts for one in read_rows(after / part)}
+    assert found == {
+        f"7:{8 * number + place}": ("duplicate", f"7:{place}") if number else ("", "")
+        for number in range(5)
+        for place in range(1, 9)
+    }
+    (after / parts[3]).unlink()
+    assert pipeline.run_stage(build, "filter", parts) == 1
+    assert {one.qid: (one.dropped, one.detail) for part in parts for one in read_rows(after / part)} == found
 
 
 # Assessment -----------------------------------------------------------------------------------
