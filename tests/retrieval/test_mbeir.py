@@ -134,6 +134,7 @@ def test_a_page_holds_the_papers_table(embedded, retriever):
     config, benchmark = embedded
     evaluate(config, retriever, benchmark, scope=TESTS)
     page = write_report(config, benchmark).read_text()
+    assert page.count(">U-MARVEL-7B, best on average<") == 1 and page.count(">tiny</text>") == 2  # plots of both pools
     assert "U-MARVEL-7B" in page and "files as in the paper" in page and "simple queries" not in page
     tables = epath.Path(config.run_dir) / "tables"
     assert {path.name for path in tables.iterdir()} == {
