@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -75,6 +76,8 @@ def with_beam(
 def main(arguments: Arguments) -> None:
     """Checks, then builds what is missing; raises SystemExit with what is wrong if it cannot."""
     folder, release = arguments.data_dir / arguments.name, pathlib.Path(arguments.source)
+    if not re.fullmatch(r"\w[\w.-]*", arguments.name):
+        raise SystemExit(f"error: {arguments.name!r} is no name for a data set: letters, digits, _, - and . make one")
     with program.clear_errors(layout.ReleaseError), artifacts.stage(str(folder), "data") as stage:
         source = epath.Path(arguments.source)
         if not source.is_dir():

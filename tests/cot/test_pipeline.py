@@ -17,7 +17,7 @@ from trace_jax.config import ROOT, load_config
 from trace_jax.cot import batch, card, duplicates, pipeline, source, stages, teacher, write
 from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
-from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
+from trace_jax.cot.config import Budget, CotConfig, Filters, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, chosen, dump, read_rows, write_lines
 from trace_jax.cot.statistics import BINS, Statistics
@@ -163,6 +163,9 @@ def test_a_build_never_overwrites_its_source(tmp_path):
         pipeline.Build(emoji_config(), release, tmp_path / "mine")
     with pytest.raises(ValueError, match="would be overwritten"):
         pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "mine")
+    for output in (release, release / "cot/mine"):
+        with pytest.raises(ValueError, match="is in the release that is read"):
+            pipeline.Build(emoji_config(), release, output)
     (tmp_path / "linked/work").mkdir(parents=True)
     (tmp_path / "linked/release").symlink_to(release)
     with pytest.raises(ValueError, match="would be overwritten"):
@@ -472,6 +475,12 @@ def test_configs_of_builds_load_under_their_names():
         CotConfig(name="x", policy={"cirr": "hard"})
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         CotConfig(name="x", show_gold=2.0)
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: missing \)"):
+        Filters(leaks=("(",))
+    with pytest.raises(ValueError, match="part_rows is 0: choose more than 0"):
+        CotConfig(name="x", part_rows=0)
+    with pytest.raises(ValueError, match=r"verifier\.concurrency is 0: choose more than 0"):
+        CotConfig(name="x", verifier=Teacher(concurrency=0))
     with pytest.raises(ValueError, match="needs prices: set --verifier.input-price"):
         CotConfig(name="x", teacher=Teacher(input_price=1.0), budget=Budget(dollars=5.0))
 

@@ -147,6 +147,11 @@ BREAKS = {
     "modality missing": (change(POOL, 3, modality=...), POOL, "line 3: the field 'modality' is missing"),
     "candidate without picture": (change(POOL, 1, img_path=None), POOL, "line 1: .* there is no picture"),
     "picture missing": (picture(None), QUERIES, "line 2: the picture 'mbeir_images/own.jpg' is not under"),
+    "picture a folder": (
+        lambda root: [picture(None)(root), (root / "mbeir_images/own.jpg").mkdir()],
+        QUERIES,
+        "line 2: the picture 'mbeir_images/own.jpg' is not under",
+    ),
     "picture cut short": (picture(lambda data: data[:-200]), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
     "picture a web page": (picture(lambda _: b"<html>404</html>"), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
     "picture empty": (picture(lambda _: b""), QUERIES, "line 2: .*own.jpg' cannot be decoded"),

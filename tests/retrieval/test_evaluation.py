@@ -84,6 +84,8 @@ def test_a_release_whose_training_queries_are_in_the_union_alone_trains_all_its_
         tiny_config, data=dataclasses.replace(tiny_config.data, root=str(tmp_path), release="mine")
     )
     assert [query_set.trained for query_set in Benchmark(config).query_sets] == [False]
+    with pytest.raises(ValueError, match="mine has no query files of val"):
+        Benchmark(config).choose(splits=("val",))
     (release / "query/union_train").mkdir()
     (release / "query/union_train/mbeir_union_up_train.jsonl").touch()
     assert [query_set.trained for query_set in Benchmark(config).query_sets] == [True]

@@ -51,6 +51,8 @@ class Build:
     beam_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.output.resolve().is_relative_to(self.release.resolve()):
+            raise ValueError(f"{self.output} is in the release that is read: choose another --output")
         made = self.output / "release"
         ours = self.work.exists() and not made.is_symlink() and made.resolve() != self.release.resolve()
         if made.exists() and not ours:

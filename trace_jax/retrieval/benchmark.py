@@ -199,6 +199,8 @@ class Benchmark:
             for query_set in self.query_sets
             if query_set.split in splits
         }
+        if not found:
+            raise ValueError(f"{self.name} has no query files of {' or '.join(splits)}")
         known = set().union(*found.values())
         for task in tasks:
             if task not in known:

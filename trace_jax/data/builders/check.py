@@ -143,41 +143,41 @@ def check(
 
 
 def _check_files(report: Report, complete: bool) -> None:
-    """Adds a row for each file that is missing."""
+    """Adds a row for each file that is missing, or that nothing would read."""
     release = report.release
+
+    def fault(path: Path, message: str) -> None:
+        row = Row(str(path.relative_to(release)))
+        row.add("malformed", f"{path}: {message}")
+        report.rows.append(row)
 
     def require(name: str, why: str) -> None:
         path = release / name
         if not path.exists() or not path.stat().st_size:
-            state = "is empty" if path.exists() else "is missing"
-            row = Row(name)
-            row.add("malformed", f"{path}: {state}; {why}: fetch it again")
-            report.rows.append(row)
+            fault(path, f"{'is empty' if path.exists() else 'is missing'}; {why}: fetch it again")
 
     require(_INSTRUCTIONS, "queries are asked with its prompts")
-    for path, split in layout.query_files(release).values():
-        named = layout.QUERY_FILE.fullmatch(path.stem)
-        if split != "train" and (named is None or named["split"] != split):
-            row = Row(str(path.relative_to(release)))
-            row.add("malformed", f"{path}: is not read; rename it to mbeir_<data set>_task<number>_{split}.jsonl")
-            report.rows.append(row)
     if complete:
         for file in _published_files():
             require(file, "it is part of M-BEIR")
-        return
-    if not layout.query_files(release) or not layout.pool_files(release):
+    elif not layout.query_files(release) or not layout.pool_files(release):
         require("query/test or query/union_train", "a release has queries, in .jsonl files")
         require("cand_pool/local", "a release has pools, in .jsonl files")
-    for _, (path, split) in layout.query_files(release).items():
-        if split != "train":
+    for path, split in layout.query_files(release).values():
+        named = layout.QUERY_FILE.fullmatch(path.stem)
+        if split != "train" and (named is None or named["split"] != split):
+            fault(path, f"is not read; rename it to mbeir_<data set>_task<number>_{split}.jsonl")
+        elif complete:
+            continue
+        elif split == "train":
+            require(f"cand_pool/global/{layout.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
+        else:
             qrels = f"qrels/{split}/{path.stem}_qrels.txt"
             if (release / qrels).exists() or not _hides_answers(path):
                 require(qrels, f"the right answers of {path.name} are there")
             pool = layout.local_pool(release, path.stem)
             if not pool.exists():
                 require(str(pool.relative_to(release)), f"{path.name} is searched in it")
-        else:
-            require(f"cand_pool/global/{layout.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
 
 
 def _hides_answers(path: Path) -> bool:
@@ -485,7 +485,7 @@ class _Check:
         """("", "") for a good picture, else its column of the table and what to say of it."""
         try:
             pixels = decode_image((self.images / relative).read_bytes(), "")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return "missing pictures", f"is not under {self.images}"
         except ValueError as error:
             return "undecodable", f"cannot be decoded ({str(error).removeprefix(': ')})"
