@@ -142,6 +142,11 @@ BREAKS = {
         "line 1: the candidate 0:5 is not in mbeir_union_train_cand_pool",
     ),
     "training query unanswered": (change(TRAIN, 3, pos_cand_list=[]), TRAIN, "line 3: pos_cand_list is empty"),
+    "training answer of another modality": (
+        change(TRAIN, 3, pos_cand_list=["0:1"]),
+        TRAIN,
+        "line 3: the right answer 0:1 is 'image', and the task asks for 'text'; mend either",
+    ),
     "did malformed": (change(POOL, 2, did="edis"), POOL, "line 2: the did 'edis' is not of the form"),
     "did twice": (repeat(POOL), POOL, "line 5: 3:5 stands in line 1 already"),
     "modality missing": (change(POOL, 3, modality=...), POOL, "line 3: the field 'modality' is missing"),

@@ -36,7 +36,8 @@ def trace(**changes) -> tuple[str, layout.Trace]:
 @pytest.mark.parametrize(
     ("read", "changes", "message"),
     [
-        (query, {"qid": "7:500000"}, "the qid '7:500000' is not .* number below 500,000"),
+        (query, {"qid": "7:500000"}, "the qid '7:500000' is not .* these below 214 and 500,000"),
+        (query, {"pos_cand_list": ["214:1"]}, "'214:1' in pos_cand_list is no id"),
         (query, {"qid": "07:1"}, "the qid '07:1' is not of the form"),
         (query, {"task_id": True}, "task_id is True"),
         (query, {"query_modality": ["image", "text"]}, r"query_modality is \['image', 'text'\]; use"),

@@ -123,7 +123,7 @@ def test_files_measured_later_join_those_that_are_there(embedded, retriever):
     whole, _ = evaluate(config, retriever, benchmark, scope=TESTS)
     again, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
     assert again == whole == json.loads(metrics_path(config).read_text())
-    for stranger in ({"config_hash": "of another"}, {"records": "of others"}, {"checkpoint": {}}):
+    for stranger in ({"config_hash": "of another"}, {"records": "of others"}, {"qrels": ""}, {"checkpoint": {}}):
         artifacts.write_json(metrics_path(config), whole | stranger)
         alone, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
         assert set(alone["files"]) == {"mbeir_cirr_task7_test"} and alone["average_global"] is None

@@ -9,6 +9,7 @@ search, "global_val" likewise.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import math
 import pathlib
@@ -109,6 +110,14 @@ class Benchmark:
     def fingerprint(self) -> str:
         """A digest of what the records, of queries and candidates, were built from."""
         return json.loads((self.folder / "records" / "stamp.json").read_text("utf-8"))["fingerprint"]
+
+    @functools.cached_property
+    def qrels_digest(self) -> str:
+        """A digest of all right answers: they are read as they are, and are no part of the records."""
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / "release/qrels").glob("*/*.txt")):
+            digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+        return digest.hexdigest()
 
     # ---- candidates --------------------------------------------------------------------------------------
 

@@ -486,6 +486,7 @@ def identify(config: Config, retriever: Retriever, benchmark: Benchmark) -> dict
         "seeds": {"training": config.training.seed},  # sampled traces are a function of the prompt
         "release": config.benchmark,
         "records": benchmark.fingerprint,
+        "qrels": benchmark.qrels_digest,
         "mode": config.evaluation.mode,
         "asked": config.evaluation.queries,  # of each file; 0 are all
         "checkpoint": {

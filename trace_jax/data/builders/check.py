@@ -56,6 +56,8 @@ COLUMNS = (*DROPPED, *COUNTED, "malformed", *NOTES)
 SHOWN = 5  # problems of a kind that are written out for a file
 WAITING = 4096  # pictures that are read or waited for at once
 
+_KINDS = ("", *layout.SIDES.values())
+"""Modalities by number, as in `_Read`: what is wanted of a training query's right answer, and "" where nothing is."""
 _ASKED = {"train": ("union_train", "train"), "val": ("val",), "test": ("test",)}
 """Of a folder of cot/, the folders of query/ whose queries its traces are of."""
 
@@ -220,7 +222,8 @@ class _Read:
     path: Path
     ids: np.ndarray  # [n] int64: dids of a pool, qids of a query file
     pictures: dict[str, int]  # path -> the line that names it first
-    named: np.ndarray  # [m, 2] int64: (did, line) of every candidate that a query file names
+    named: np.ndarray  # [m, 3] int64: (did, line, wanted) of every candidate that a query file names
+    kinds: np.ndarray  # [n] int8: of each candidate of a pool, the place of its modality among _KINDS
 
 
 class _Check:
@@ -263,7 +266,7 @@ class _Check:
     def _read(self, path: Path, split: str = "") -> _Read:
         """Reads a pool, or the query file of a split."""
         row, pictures, seen = self._row(path), {}, {}
-        ids, named = array.array("q"), array.array("q")  # a file may name millions
+        ids, named, kinds = array.array("q"), array.array("q"), array.array("b")  # a file may name millions
         at = 0
 
         def note(relative: str, _: str) -> bytes:
@@ -272,14 +275,16 @@ class _Check:
 
         def take(where: str, record: dict[str, Any]) -> str:
             if not split:
-                shown = layout.read_candidate(where, record, note)["did"]
-                ids.append(layout.hash_did(shown))
-                return shown
+                candidate = layout.read_candidate(where, record, note)
+                ids.append(layout.hash_did(candidate["did"]))
+                kinds.append(_KINDS.index(candidate["modality"]))
+                return candidate["did"]
             query = layout.read_query(where, record, {}, note)
-            self._check_query(where, query, path, split)
+            target = self._check_query(where, query, path, split)
             ids.append(layout.hash_qid(query["qid"]))
-            for did in query["pos_dids"] + query["neg_dids"]:
-                named.extend((layout.hash_did(did), at))
+            for wanted, dids in ((target if split == "train" else "", query["pos_dids"]), ("", query["neg_dids"])):
+                for did in dids:
+                    named.extend((layout.hash_did(did), at, _KINDS.index(wanted)))
             return query["qid"]
 
         try:
@@ -291,6 +296,7 @@ class _Check:
                     row.add("empty", str(error))
                     # Left out or not, what names it is right to do so.
                     ids.append(layout.hash_qid(record["qid"]) if split else layout.hash_did(record["did"]))
+                    kinds.append(0)
                     if "empty" in self.notes:
                         self._drop(path, at, record, "has no text or no picture")
                     continue
@@ -304,11 +310,11 @@ class _Check:
             row.add("malformed", str(error))
         if not row.records and not row.problems:
             row.add("malformed", f"{path}: holds no records; fetch it again")
-        pairs = np.array(named, np.int64).reshape(-1, 2)
-        return _Read(row, path, np.array(ids, np.int64), pictures, pairs)
+        triples = np.array(named, np.int64).reshape(-1, 3)
+        return _Read(row, path, np.array(ids, np.int64), pictures, triples, np.array(kinds, np.int8))
 
-    def _check_query(self, where: str, query: layout.QueryRecord, path: Path, split: str) -> None:
-        """What a query file's name and the instructions say of each of its queries."""
+    def _check_query(self, where: str, query: layout.QueryRecord, path: Path, split: str) -> str:
+        """What a query file's name and the instructions say of each of its queries; returns what its task asks for."""
         match, task = _STEM.fullmatch(path.stem), query["task_id"]
         if match and int(match[2]) != task:
             raise ReleaseError(f"{where}: task_id is {task}, in a file of task {match[2]}; move the query or mend it")
@@ -326,6 +332,7 @@ class _Check:
             )
         if split == "train" and not query["pos_dids"]:
             raise ReleaseError(f"{where}: pos_cand_list is empty; a training query needs a right answer")
+        return target
 
     def _read_traces(self) -> list[_Read]:
         """Reads the files of cot/; each qid stands once in a split."""
@@ -350,7 +357,9 @@ class _Check:
                         row.add("duplicate ids", f"{where}: {qid} has a trace already, in {first}; remove one of them")
             except ReleaseError as error:
                 row.add("malformed", str(error))
-            found.append(_Read(row, path, np.array(qids, np.int64), {}, np.zeros((0, 2), np.int64)))
+            found.append(
+                _Read(row, path, np.array(qids, np.int64), {}, np.zeros((0, 3), np.int64), np.zeros(0, np.int8))
+            )
         return found
 
     # References and pictures ------------------------------------------------------------------
@@ -361,13 +370,28 @@ class _Check:
         for path, read in queries.items():
             trains = path.parent.name in ("train", "union_train")
             known = np.unique(pools[self.home].ids) if trains and self.home in pools else everything
-            for did, line in read.named[~np.isin(read.named[:, 0], known)]:
+            for did, line, _ in read.named[~np.isin(read.named[:, 0], known)]:
                 where = f"in {self.home.name}" if trains else "in any pool"
                 shown = layout.did_of(int(did))
                 read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
+            if trains and self.home in pools:
+                self._check_answers(read, pools[self.home])
             pool = layout.local_pool(self.release, path.stem)
             if not trains and pool in pools:
                 self._check_qrels(path, read, pools[pool].ids, anywhere)
+
+    def _check_answers(self, read: _Read, home: _Read) -> None:
+        """A training query is asked with the prompt of its task, so that its right answers are what that asks for."""
+        ids, first = np.unique(home.ids, return_index=True)
+        asked = read.named[(read.named[:, 2] > 0) & np.isin(read.named[:, 0], ids)]
+        kinds = home.kinds[first[np.searchsorted(ids, asked[:, 0])]]
+        for (did, line, wanted), kind in zip(asked, kinds, strict=True):
+            if kind not in (0, wanted):
+                read.row.add(
+                    "malformed",
+                    f"{read.path}, line {line}: the right answer {layout.did_of(int(did))} is {_KINDS[kind]!r}, and the"
+                    f" task asks for {_KINDS[wanted]!r}; mend either",
+                )
 
     def _check_traces(self, traces: list[_Read], queries: dict[Path, _Read]) -> None:
         for split, folders in _ASKED.items():

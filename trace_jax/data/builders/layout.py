@@ -27,7 +27,7 @@ MODALITIES = {"text": "text", "image": "image", "image,text": "image,text", "tex
 SIDES = {"t": "text", "i": "image", "it": "image,text"}
 """A side of a task's name -> its modality."""
 _QIDS, _DIDS = 500_000, 10_000_000
-"""M-BEIR's integer of an id is its data set times one of these, plus its number, which is below it."""
+"""M-BEIR's integer of an id is its data set times one of these, plus its number, which is below it. It has 31 bits."""
 
 QUERY_FILE = re.compile(r"mbeir_(?P<dataset>\w+)_task(?P<task>\d)_(?P<split>val|test)")
 """The stems of the files of query/val and query/test."""
@@ -175,15 +175,17 @@ def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
 
 
 def _is_id(found: object, numbers: int) -> bool:
-    """Whether something is "<data set>:<number>" with a number that its integer has room for."""
-    return isinstance(found, str) and bool(_ID.fullmatch(found)) and int(found.partition(":")[2]) < numbers
+    """Whether something is "<data set>:<number>", both of which its integer has room for."""
+    parts = _ID.fullmatch(found) if isinstance(found, str) else None
+    return parts is not None and int(parts[1]) < 2**31 // _DIDS and int(parts[2]) < numbers
 
 
 def _id(record: dict[str, Any], name: Literal["qid", "did"], where: str) -> str:
     found, numbers = _field(record, name, where), {"qid": _QIDS, "did": _DIDS}[name]
     if not _is_id(found, numbers):
         raise ReleaseError(
-            f'{where}: the {name} {found!r} is not of the form "<dataset_id>:<number>", the number below {numbers:,}'
+            f'{where}: the {name} {found!r} is not of the form "<dataset_id>:<number>",'
+            f" these below {2**31 // _DIDS} and {numbers:,}"
         )
     return found
 
