@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +11,7 @@ from launch import build_cot, build_data
 from tests.cot.release import good_trace, write_release
 from tests.cot.test_server import config as scripted_config
 from tests.cot.test_server import digests, traces
-from trace_jax.config import ROOT, load_config
+from trace_jax.config import load_config
 from trace_jax.cot import batch, card, duplicates, pipeline, source, stages, teacher, write
 from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
@@ -487,19 +485,10 @@ def test_configs_of_builds_load_under_their_names():
 
 def test_the_command(tmp_path, capsys):
     release = write_release(tmp_path / "release", 8)
-    command = [
-        sys.executable,
-        "launch/build_cot.py",
-        "mbeir",
-        "--source",
-        str(release),
-        "--output",
-        str(tmp_path / "out"),
-    ]
     tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
-    waiting = subprocess.run([*command, "--batch", *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert waiting.returncode == 1 and "requests-00000.jsonl" in waiting.stderr, waiting.stderr
     options = ["mbeir", "--output", str(tmp_path / "out"), *tokenizer, "--source"]
+    with pytest.raises(SystemExit, match=r"(?s)error: stage assess waits for its batch.*requests-00000\.jsonl"):
+        build_cot.main([*options, str(release), "--batch"])
     with pytest.raises(SystemExit, match="error: no .*/nowhere/instructions/.*: is this an M-BEIR release"):
         build_cot.main([*options, str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: no prompts 'v9'; there are v1"):

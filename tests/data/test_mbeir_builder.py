@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from trace_jax.data.builders import layout, mbeir
-from trace_jax.data.emoji import release as emoji_release
 
 
 def png(colour: str) -> bytes:
@@ -256,18 +255,17 @@ def test_not_a_release(tmp_path):
         mbeir.load_queries(tmp_path / "data", "train")
 
 
-def test_the_embedded_release_goes_through_the_same_door(tmp_path):
-    emoji_release.build("tiny", tmp_path / "release")
-    mbeir.build(tmp_path / "release", tmp_path)
-    for path in (tmp_path / "release/query/test").glob("*.jsonl"):
+def test_the_embedded_release_goes_through_the_same_door(tiny_config):
+    folder = pathlib.Path(tiny_config.data.root) / tiny_config.data.release
+    for path in (folder / "release/query/test").glob("*.jsonl"):
         asked = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        source = mbeir.load_queries(tmp_path, path.stem)
+        source = mbeir.load_queries(folder, path.stem)
         assert source.keys == [q["qid"] for q in asked]
         for query, record in zip(asked, source, strict=True):
             assert record["pos_dids"] == query["pos_cand_list"]
             assert record["query_txt"] == (query["query_txt"] or "")
             name = query["query_img_path"]
-            assert record["images"] == ([(tmp_path / "release" / name).read_bytes()] if name else [])
-    train = mbeir.load_candidates(tmp_path, "train")
-    queries = mbeir.load_queries(tmp_path, "train")
+            assert record["images"] == ([(folder / "release" / name).read_bytes()] if name else [])
+    train = mbeir.load_candidates(folder, "train")
+    queries = mbeir.load_queries(folder, "train")
     assert set(train.keys) == {did for record in queries for did in record["pos_dids"] + record["neg_dids"]}
