@@ -450,6 +450,9 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
     (sent.parent / "answers-3.jsonl").write_text('{"response": null}\n')
     with pytest.raises(layout.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
         batch.read_answers(build, "assess")
+    (sent.parent / "answers-3.jsonl").write_text('{"custom_id": "x", "response": "no"}\n')
+    with pytest.raises(layout.ReleaseError, match="answers-3.jsonl, line 1: response is no object"):
+        batch.read_answers(build, "assess")
 
 
 def test_requests_without_an_answer_stop_the_stage_and_keep_the_rest(tmp_path):

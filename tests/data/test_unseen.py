@@ -212,6 +212,14 @@ def test_what_is_asked_and_answered(tmp_path, monkeypatch):
         ("sugarcrepe", "add_obj.json", "{", "add_obj.json: not valid JSON"),
         ("sharegpt4v", "datas_for_validation.json", '[{"caption": "x"}]', "record 1: the field 'image_name'"),
         ("visdial", "visdial_1.0_val.json", "{}", "the field 'data' is missing"),
+        (
+            "visdial",
+            "visdial_1.0_val.json",
+            '{"data": {"questions": [], "answers": [], "dialogs": [{"image_id": 1, "dialog": [{"question": 3}]}]}}',
+            "not as the authors of visdial release it .IndexError",
+        ),
+        ("sugarcrepe", "add_obj.json", "[]", "not as the authors of sugarcrepe release it .AttributeError"),
+        ("urban1k", "caption/x.txt", "a caption", "not as the authors of urban1k release it .ValueError: .*'x'"),
         ("urban1k", "image/2.jpg", "no picture", r"line 2: the picture 'image/2\.jpg' cannot be decoded"),
     ],
 )

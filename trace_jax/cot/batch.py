@@ -43,6 +43,8 @@ def read_answers(build: Build, stage: str) -> int:
                 if not isinstance(key := record.get("custom_id"), str):
                     raise layout.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
                 response = record.get("response") or {}
+                if not isinstance(response, dict):
+                    raise layout.ReleaseError(f"{where}: response is no object; is it what the batch API wrote?")
                 status, body = response.get("status_code"), response.get("body")
                 if status in REJECTED:
                     rejected.append((key, rejection(status, json.dumps(body))))
