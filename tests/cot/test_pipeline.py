@@ -490,7 +490,7 @@ def test_the_command(tmp_path, capsys):
     release = write_release(tmp_path / "release", 8)
     tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
     options = ["mbeir", "--output", str(tmp_path / "out"), *tokenizer, "--source"]
-    with pytest.raises(SystemExit, match=r"(?s)error: stage assess waits for its batch.*requests-00000\.jsonl"):
+    with pytest.raises(SystemExit, match=r"(?s)error: stage generate waits for its batch.*requests-00000\.jsonl"):
         build_cot.main([*options, str(release), "--batch"])
     with pytest.raises(SystemExit, match="error: no .*/nowhere/instructions/.*: is this an M-BEIR release"):
         build_cot.main([*options, str(tmp_path / "nowhere")])
