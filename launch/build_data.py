@@ -21,7 +21,7 @@ from trace_jax.config import load_config
 from trace_jax.cot import build
 from trace_jax.cot.config import CotConfig
 from trace_jax.cot.pipeline import Build, UnfinishedError
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.emoji import release
 from trace_jax.data.emoji.world import SIZES
 from trace_jax.retrieval import artifacts, program
@@ -52,7 +52,7 @@ def main(arguments: Arguments) -> None:
             f"no data set {arguments.name!r}: choose from {', '.join(SIZES)}; for a release of your own there is"
             " launch/prepare_data.py"
         )
-    with program.clear_errors(mbeir.ReleaseError, UnfinishedError), artifacts.stage(str(folder), "data") as stage:
+    with program.clear_errors(layout.ReleaseError, UnfinishedError), artifacts.stage(str(folder), "data") as stage:
         info = release.build(arguments.name, folder / "release")
         print(f"{folder / 'release'}: {info['pictures']:,} pictures of {info['emoji']:,} emoji", flush=True)
         config = load_config("emoji", ["--no-records"], CotConfig, "configs/cot")

@@ -15,7 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from trace_jax.retrieval import artifacts, program
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
-from trace_jax.retrieval.evaluation import Scope, describe, evaluate, record_seconds
+from trace_jax.retrieval.evaluation import Scope, evaluate, record_seconds
+from trace_jax.retrieval.summary import describe
 
 if __name__ == "__main__":
     config, options = program.arguments(sys.argv[1:], __doc__)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -20,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import tyro
 from etils import epath
 
-from trace_jax.data.builders import mbeir, unseen
+from trace_jax.data.builders import layout, mbeir, unseen
 from trace_jax.data.builders.check import check
 from trace_jax.retrieval import artifacts, program
 
@@ -75,10 +76,12 @@ def with_beam(
 def main(arguments: Arguments) -> None:
     """Checks, then builds what is missing; raises SystemExit with what is wrong if it cannot."""
     folder, release = arguments.data_dir / arguments.name, pathlib.Path(arguments.source)
-    with program.clear_errors(mbeir.ReleaseError), artifacts.stage(str(folder), "data") as stage:
+    if not re.fullmatch(r"\w[\w.-]*", arguments.name):
+        raise SystemExit(f"error: {arguments.name!r} is no name for a data set: letters, digits, _, - and . make one")
+    with program.clear_errors(layout.ReleaseError), artifacts.stage(str(folder), "data") as stage:
         source = epath.Path(arguments.source)
         if not source.is_dir():
-            raise mbeir.ReleaseError(f"{source} is no folder; give the one that holds query/ and cand_pool/")
+            raise layout.ReleaseError(f"{source} is no folder; give the one that holds query/ and cand_pool/")
         if "://" in arguments.source or arguments.name in unseen.SETS:
             release = folder / "release"
             if release.is_symlink():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -29,11 +30,18 @@ from trace_jax.training import base
 
 
 @pytest.fixture(scope="session")
-def tiny_config(tmp_path_factory) -> Config:
+def tiny_release(tmp_path_factory) -> pathlib.Path:
+    """The tiny emoji release."""
+    folder = tmp_path_factory.mktemp("tiny") / "data" / "tiny" / "release"
+    release.build("tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_release) -> Config:
     """A complete experiment in miniature: the tiny emoji release, a random base of a few thousand parameters."""
-    root = tmp_path_factory.mktemp("tiny")
-    release.build("tiny", root / "data" / "tiny" / "release")
-    mbeir.build(root / "data" / "tiny" / "release", root / "data" / "tiny")
+    root = tiny_release.parents[2]
+    mbeir.build(tiny_release, tiny_release.parent)
     config = Config(
         name="tiny",
         workdir=str(root / "run"),

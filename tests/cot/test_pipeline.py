@@ -3,25 +3,23 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
 
 from launch import build_cot, build_data
-from tests.cot.release import write_release
+from tests.cot.release import good_trace, write_release
 from tests.cot.test_server import config as scripted_config
 from tests.cot.test_server import digests, traces
-from trace_jax.config import ROOT, load_config
-from trace_jax.cot import batch, card, pipeline, source, stages, teacher, write
+from trace_jax.config import load_config
+from trace_jax.cot import batch, card, duplicates, pipeline, source, stages, teacher, write
 from trace_jax.cot.build import run
 from trace_jax.cot.cache import Answer
-from trace_jax.cot.config import Budget, CotConfig, Teacher, Verify
+from trace_jax.cot.config import Budget, CotConfig, Filters, Teacher, Verify
 from trace_jax.cot.prompts import Prompts
-from trace_jax.cot.schema import Row, chosen, read_rows
+from trace_jax.cot.schema import Row, chosen, dump, read_rows, write_lines
 from trace_jax.cot.statistics import BINS, Statistics
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.schema import TASKS
 
 
@@ -163,6 +161,9 @@ def test_a_build_never_overwrites_its_source(tmp_path):
         pipeline.Build(emoji_config(), release, tmp_path / "mine")
     with pytest.raises(ValueError, match="would be overwritten"):
         pipeline.Build(emoji_config(), tmp_path / "elsewhere", tmp_path / "mine")
+    for output in (release, release / "cot/mine"):
+        with pytest.raises(ValueError, match="is in the release that is read"):
+            pipeline.Build(emoji_config(), release, output)
     (tmp_path / "linked/work").mkdir(parents=True)
     (tmp_path / "linked/release").symlink_to(release)
     with pytest.raises(ValueError, match="would be overwritten"):
@@ -177,10 +178,10 @@ def test_metadata_teaches_what_it_holds(tmp_path, emoji):
         "reason": "It has none.",
     }
     (tmp_path / "cot").symlink_to(emoji.release / "cot")
-    with pytest.raises(mbeir.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
+    with pytest.raises(layout.ReleaseError, match="no qrels/train, so its metadata cannot teach"):
         teacher.MetadataTeacher(tmp_path)
     build = pipeline.Build(emoji_config(), write_release(tmp_path / "release", 8), tmp_path / "out")
-    with pytest.raises(mbeir.ReleaseError, match="no traces in cot/train"):
+    with pytest.raises(layout.ReleaseError, match="no traces in cot/train"):
         pipeline.run_stage(build, "assess", pipeline.read_source(build))
 
 
@@ -220,6 +221,33 @@ def test_stages_run_apart_in_their_order(tmp_path, emoji):
         pipeline.run_stage(build, "generate", parts)
     with pytest.raises(pipeline.UnfinishedError, match="stage write needs stage verify"):
         write.write(build, parts)
+
+
+def test_near_duplicates_are_found_across_parts_and_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "SHARD", 16)
+    options = scripted_config("", part_rows=8)
+    build = pipeline.Build(options, write_release(tmp_path / "release", 8), tmp_path / "out")
+    parts, before = [f"x-{number:05}.jsonl" for number in range(5)], pipeline.folders(build)["generate"]
+    for number, part in enumerate(parts):  # each query of the first part comes again, in other words, in all others
+        rows = []
+        for place in range(1, 9):
+            reasoning, answer = good_trace(2 * place)
+            asked = row(qid=f"7:{8 * number + place}", text=f"the same in pink{'!' * number}", complex=True)
+            raw = f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
+            rows.append(dataclasses.replace(asked, target_text=answer, raw=raw))
+        write_lines(before / part, map(dump, rows))
+    assert pipeline.run_stage(build, "filter", parts) == 5
+    after = pipeline.folders(build)["filter"]
+    assert len(list((after / "judged").glob("duplicates-*"))) == 3  # shards of at most 16 rows
+    found = {one.qid: (one.dropped, one.detail) for part in parts for one in read_rows(after / part)}
+    assert found == {
+        f"7:{8 * number + place}": ("duplicate", f"7:{place}") if number else ("", "")
+        for number in range(5)
+        for place in range(1, 9)
+    }
+    (after / parts[3]).unlink()
+    assert pipeline.run_stage(build, "filter", parts) == 1
+    assert {one.qid: (one.dropped, one.detail) for part in parts for one in read_rows(after / part)} == found
 
 
 # Assessment -----------------------------------------------------------------------------------
@@ -371,7 +399,7 @@ def test_what_is_wrong_with_a_release_is_said(tmp_path, path, old, new, message)
     text = (release / path).read_text()
     assert old in text
     (release / path).write_text(text.replace(old, new, 1))
-    with pytest.raises(mbeir.ReleaseError, match=message):
+    with pytest.raises(layout.ReleaseError, match=message):
         source.read(release, CotConfig(name="x"), tmp_path / "parts")
 
 
@@ -420,7 +448,10 @@ def test_a_batch_is_exchanged_as_files(tmp_path):
     rows = [one for part in parts for one in read_rows(pipeline.folders(build)["assess"] / part)]
     assert len(rows) == 24 and not any(one.complex or one.dropped for one in rows)
     (sent.parent / "answers-3.jsonl").write_text('{"response": null}\n')
-    with pytest.raises(mbeir.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
+    with pytest.raises(layout.ReleaseError, match="answers-3.jsonl, line 1: no custom_id"):
+        batch.read_answers(build, "assess")
+    (sent.parent / "answers-3.jsonl").write_text('{"custom_id": "x", "response": "no"}\n')
+    with pytest.raises(layout.ReleaseError, match="answers-3.jsonl, line 1: response is no object"):
         batch.read_answers(build, "assess")
 
 
@@ -445,25 +476,22 @@ def test_configs_of_builds_load_under_their_names():
         CotConfig(name="x", policy={"cirr": "hard"})
     with pytest.raises(ValueError, match="choose from 0 to 1"):
         CotConfig(name="x", show_gold=2.0)
+    with pytest.raises(ValueError, match=r"'\(' is no regular expression: missing \)"):
+        Filters(leaks=("(",))
+    with pytest.raises(ValueError, match="part_rows is 0: choose more than 0"):
+        CotConfig(name="x", part_rows=0)
+    with pytest.raises(ValueError, match=r"verifier\.concurrency is 0: choose more than 0"):
+        CotConfig(name="x", verifier=Teacher(concurrency=0))
     with pytest.raises(ValueError, match="needs prices: set --verifier.input-price"):
         CotConfig(name="x", teacher=Teacher(input_price=1.0), budget=Budget(dollars=5.0))
 
 
 def test_the_command(tmp_path, capsys):
     release = write_release(tmp_path / "release", 8)
-    command = [
-        sys.executable,
-        "launch/build_cot.py",
-        "mbeir",
-        "--source",
-        str(release),
-        "--output",
-        str(tmp_path / "out"),
-    ]
     tokenizer = ["--filters.tokenizer", "trace_jax/assets/emoji_base"]
-    waiting = subprocess.run([*command, "--batch", *tokenizer], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert waiting.returncode == 1 and "requests-00000.jsonl" in waiting.stderr, waiting.stderr
     options = ["mbeir", "--output", str(tmp_path / "out"), *tokenizer, "--source"]
+    with pytest.raises(SystemExit, match=r"(?s)error: stage generate waits for its batch.*requests-00000\.jsonl"):
+        build_cot.main([*options, str(release), "--batch"])
     with pytest.raises(SystemExit, match="error: no .*/nowhere/instructions/.*: is this an M-BEIR release"):
         build_cot.main([*options, str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="error: no prompts 'v9'; there are v1"):

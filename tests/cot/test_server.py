@@ -5,13 +5,11 @@ the order of the answers or on how often the build was killed.
 import collections
 import hashlib
 import json
-import os
+import multiprocessing
 import pathlib
 import random
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
 import pytest
@@ -102,14 +100,9 @@ def test_exactly_the_right_rows_survive_of_five_thousand(tmp_path):
     check_scripted(tmp_path, 5000, timeout=20, part_rows=5000)
 
 
-SCRIPT = """
-import sys, pathlib
-sys.path.insert(0, {root!r})
-from tests.cot.test_server import config
-from trace_jax.cot.build import run
-from trace_jax.cot.pipeline import Build
-run(Build(config({url!r}), pathlib.Path({release!r}), pathlib.Path({output!r})))
-"""
+def build_all(url: str, release: pathlib.Path, output: pathlib.Path) -> None:
+    """What is killed."""
+    run(pipeline.Build(config(url), release, output))
 
 
 def check_kills(tmp_path: pathlib.Path, size: int, kills: int, seed: int) -> None:
@@ -121,20 +114,23 @@ def check_kills(tmp_path: pathlib.Path, size: int, kills: int, seed: int) -> Non
         run(pipeline.Build(config(server.url), release, tmp_path / "calm"))
         undisturbed = sum(server.answered.values())
     generator, output = random.Random(seed), tmp_path / "killed"
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([build_all.__module__])  # what a build imports takes longer than the build
     with Scripted(delay=0.01) as server:
-        script = SCRIPT.format(root=str(ROOT), url=server.url, release=str(release), output=str(output))
         died = 0
         for last in [False] * kills + [True]:
-            process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
+            process = processes.Process(target=build_all, args=(server.url, release, output))
+            process.start()
             if not last:
                 # A random moment of the work that is left: after so many more answers, in the middle of everything.
                 goal = sum(server.answered.values()) + generator.randrange(1, max(2, undisturbed // kills))
-                while process.poll() is None and sum(server.answered.values()) < goal:
+                while process.is_alive() and sum(server.answered.values()) < goal:
                     time.sleep(0.005)
-                if process.poll() is None:
-                    os.kill(process.pid, signal.SIGKILL)
+                if process.is_alive():
+                    process.kill()
                     died += 1
-            assert process.wait(600) == (0 if last else -signal.SIGKILL)
+            process.join(600)
+            assert process.exitcode == (0 if last else -signal.SIGKILL)
             if not last:
                 connection = sqlite3.connect(output / "work/requests.sqlite")
                 stored = connection.execute("SELECT COUNT(*) FROM answers").fetchone()[0]

@@ -11,10 +11,11 @@ from PIL import Image
 
 from launch import prepare_data
 from tests.data.mbeir_release import write_release
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.builders.check import PUBLISHED, agrees, check
 
 QUERIES = "query/test/mbeir_fashioniq_task7_test.jsonl"
+MISNAMED = "query/test/mbeir_fashioniq_test.jsonl"
 CAPTIONS = "query/test/mbeir_mscoco_task0_test.jsonl"
 TRAIN = "query/union_train/mbeir_union_up_train.jsonl"
 POOL = "cand_pool/local/mbeir_edis_task2_cand_pool.jsonl"
@@ -141,11 +142,21 @@ BREAKS = {
         "line 1: the candidate 0:5 is not in mbeir_union_train_cand_pool",
     ),
     "training query unanswered": (change(TRAIN, 3, pos_cand_list=[]), TRAIN, "line 3: pos_cand_list is empty"),
+    "training answer of another modality": (
+        change(TRAIN, 3, pos_cand_list=["0:1"]),
+        TRAIN,
+        "line 3: the right answer 0:1 is 'image', and the task asks for 'text'; mend either",
+    ),
     "did malformed": (change(POOL, 2, did="edis"), POOL, "line 2: the did 'edis' is not of the form"),
     "did twice": (repeat(POOL), POOL, "line 5: 3:5 stands in line 1 already"),
     "modality missing": (change(POOL, 3, modality=...), POOL, "line 3: the field 'modality' is missing"),
     "candidate without picture": (change(POOL, 1, img_path=None), POOL, "line 1: .* there is no picture"),
     "picture missing": (picture(None), QUERIES, "line 2: the picture 'mbeir_images/own.jpg' is not under"),
+    "picture a folder": (
+        lambda root: [picture(None)(root), (root / "mbeir_images/own.jpg").mkdir()],
+        QUERIES,
+        "line 2: the picture 'mbeir_images/own.jpg' is not under",
+    ),
     "picture cut short": (picture(lambda data: data[:-200]), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
     "picture a web page": (picture(lambda _: b"<html>404</html>"), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
     "picture empty": (picture(lambda _: b""), QUERIES, "line 2: .*own.jpg' cannot be decoded"),
@@ -153,6 +164,11 @@ BREAKS = {
     "qrels of no query": (replace(QRELS, 2, "8:6 0 8:6 1 7\n8:77 0 8:6 1 7"), QRELS, "the query 8:77 is not in"),
     "qrels of no candidate": (replace(QRELS, 2, "8:6 0 8:77 1 7"), QRELS, "8:77, judged for 8:6, is in no pool"),
     "query without qrels": (replace(QRELS, 2, None), QRELS, "no right answer for the query 8:6"),
+    "query file misnamed": (
+        lambda root: shutil.copy(root / QUERIES, root / MISNAMED),
+        MISNAMED,
+        "is not read; rename it to mbeir_<data set>_task<number>_test.jsonl",
+    ),
     "prompts missing": (
         replace(INSTRUCTIONS, 2, "text\timage\tvisualnews\t0\t\t\t\t"),
         INSTRUCTIONS,
@@ -179,7 +195,7 @@ def test_each_break_is_one_error_that_names_file_and_record(release, tmp_path, n
     else:
         assert len(report.problems) == 1, report.problems
     assert str(release / file) in report.problems[0]
-    with pytest.raises(mbeir.ReleaseError, match=message):
+    with pytest.raises(layout.ReleaseError, match=message):
         report.raise_for_problems()
 
 
@@ -187,7 +203,7 @@ def test_a_file_whose_answers_a_server_keeps_names_none(release, tmp_path):
     qrels = f"qrels/test/{pathlib.Path(QUERIES).stem}_qrels.txt"
     remove(qrels)(release)
     change(QUERIES, 1, pos_cand_list=[], neg_cand_list=[])(release)
-    with pytest.raises(mbeir.ReleaseError, match=f"line 2: names candidates, but there is no .*{qrels}; fetch it"):
+    with pytest.raises(layout.ReleaseError, match=f"line 2: names candidates, but there is no .*{qrels}; fetch it"):
         check(release, tmp_path).raise_for_problems()
     change(QUERIES, 2, pos_cand_list=[], neg_cand_list=[])(release)
     check(release, tmp_path).raise_for_problems()
@@ -197,7 +213,7 @@ def test_all_problems_are_listed_and_counted(release, tmp_path):
     change(QUERIES, 1, qid="x")(release)
     change(POOL, 2, did="x")(release)
     report = check(release, tmp_path, complete=True)
-    with pytest.raises(mbeir.ReleaseError, match=r"2 problems in .*"):
+    with pytest.raises(layout.ReleaseError, match=r"2 problems in .*"):
         report.raise_for_problems()
     assert len(report.problems) == 2
 
@@ -205,7 +221,7 @@ def test_all_problems_are_listed_and_counted(release, tmp_path):
 def test_a_fault_that_was_looked_at_is_counted_only(release, tmp_path):
     repeat(POOL)(release)
     change(QUERIES, 2, pos_cand_list=["7:99"])(release)
-    with pytest.raises(mbeir.ReleaseError, match="1 problems"):  # ids are looked for once all records are clean
+    with pytest.raises(layout.ReleaseError, match="1 problems"):  # ids are looked for once all records are clean
         check(release, tmp_path, complete=True).raise_for_problems()
     accepted = ("duplicate ids", "dangling ids")
     report = check(release, tmp_path, complete=True, accepted=accepted)
@@ -231,7 +247,7 @@ def test_a_picture_that_changed_is_decoded_again(release, tmp_path):
     shown = json.loads((release / QUERIES).read_text().splitlines()[0])["query_img_path"]
     good = (release / shown).read_bytes()
     (release / shown).write_bytes(good[:-200])
-    with pytest.raises(mbeir.ReleaseError, match="line 1: .*cannot be decoded"):
+    with pytest.raises(layout.ReleaseError, match="line 1: .*cannot be decoded"):
         check(release, tmp_path / "kept", complete=True).raise_for_problems()
     (release / shown).write_bytes(good)
     check(release, tmp_path / "kept", complete=True).raise_for_problems()
@@ -240,14 +256,14 @@ def test_a_picture_that_changed_is_decoded_again(release, tmp_path):
 def test_a_bad_picture_is_never_remembered_as_good(release, tmp_path):
     picture(lambda data: data[: len(data) // 2] + bytes(len(data) - len(data) // 2))(release)
     for _ in range(2):
-        with pytest.raises(mbeir.ReleaseError, match="line 2: .*cannot be decoded"):
+        with pytest.raises(layout.ReleaseError, match="line 2: .*cannot be decoded"):
             check(release, tmp_path / "kept", complete=True).raise_for_problems()
     picture(lambda data: data)(release)  # of the same size
     check(release, tmp_path / "kept", complete=True).raise_for_problems()
 
 
 def test_records_whose_fault_was_accepted_are_left_out_and_listed(release, tmp_path):
-    home = f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+    home = f"cand_pool/global/{layout.TRAIN_POOL}.jsonl"
     asked = [json.loads(line) for line in (release / TRAIN).read_text().splitlines()]
     pool = [json.loads(line) for line in (release / home).read_text().splitlines()]
     answered = next(i for i, record in enumerate(pool) if record["modality"] == "image")  # the answer of a query
@@ -260,9 +276,9 @@ def test_records_whose_fault_was_accepted_are_left_out_and_listed(release, tmp_p
     change(CAPTIONS, 2, query_txt=None)(release)
     change(POOL, 3, img_path="mbeir_images/nowhere.jpg")(release)
     accepted = ("empty", "undecodable", "missing pictures")
-    with pytest.raises(mbeir.ReleaseError, match="there is no text"):
+    with pytest.raises(layout.ReleaseError, match="there is no text"):
         check(release, tmp_path / "kept", complete=True, accepted=accepted[1:]).raise_for_problems()
-    with pytest.raises(mbeir.ReleaseError, match="1 problems .*\n.*nowhere"):
+    with pytest.raises(layout.ReleaseError, match="1 problems .*\n.*nowhere"):
         check(release, tmp_path / "kept", complete=True, accepted=accepted[:2]).raise_for_problems()
     arguments = prepare_data.Arguments("mbeir", str(release), data_dir=tmp_path / "data", accept=accepted)
     prepare_data.main(arguments)
@@ -324,13 +340,13 @@ def test_broken_traces_are_one_error(release, tmp_path, name):
     write_traces(release, file, *traces)
     report = check(release, tmp_path, complete=True)
     assert len(report.problems) == 1, report.problems
-    with pytest.raises(mbeir.ReleaseError, match=message):
+    with pytest.raises(layout.ReleaseError, match=message):
         report.raise_for_problems()
 
 
 def test_traces_of_another_release_are_no_traces(release, tmp_path):
     write_traces(release, "cot/train/mbeir_cirr_task7_train_cot.jsonl", trace("8:5"), trace("8:6"))  # of test
-    with pytest.raises(mbeir.ReleaseError, match="cot/train: none of its traces is of a query of this release"):
+    with pytest.raises(layout.ReleaseError, match="cot/train: none of its traces is of a query of this release"):
         check(release, tmp_path, complete=True, accepted=("dangling ids",)).raise_for_problems()
 
 

@@ -28,13 +28,6 @@ MODALITIES = {(True, False): "text", (False, True): "image", (True, True): "imag
 HELD_OUT = ("val", "test")
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> pathlib.Path:
-    folder = tmp_path_factory.mktemp("tiny") / "release"
-    release.build("tiny", folder)
-    return folder
-
-
 def lines(path: pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
@@ -113,14 +106,14 @@ def leaks(folder: pathlib.Path) -> list[str]:
     return found
 
 
-def test_nothing_held_out_is_seen_in_training(tiny):
-    assert leaks(tiny) == []
+def test_nothing_held_out_is_seen_in_training(tiny_release):
+    assert leaks(tiny_release) == []
 
 
-def test_the_leak_check_finds_leaks(tiny, tmp_path):
-    pictures, captions, facts = held_out(tiny)
+def test_the_leak_check_finds_leaks(tiny_release, tmp_path):
+    pictures, captions, facts = held_out(tiny_release)
     copy = tmp_path / "release"
-    copy.symlink_to(tiny)
+    copy.symlink_to(tiny_release)
     flag, fact = min(facts)
     told = [({min(pictures)}, ""), (set(), f"a | {min(captions)}."), ({flag}, f"so: {fact}")]
     for pair in told:
@@ -129,11 +122,11 @@ def test_the_leak_check_finds_leaks(tiny, tmp_path):
             assert len(leaks(copy)) == 1
 
 
-def test_queries_have_exactly_the_fields_of_mbeir(tiny):
+def test_queries_have_exactly_the_fields_of_mbeir(tiny_release):
     for split in ("train", *HELD_OUT):
-        everything = candidates(tiny, split)
-        asked = queries(tiny, split)
-        own = lines(tiny / "query/train/mbeir_emoji_train.jsonl") if split == "train" else asked
+        everything = candidates(tiny_release, split)
+        asked = queries(tiny_release, split)
+        own = lines(tiny_release / "query/train/mbeir_emoji_train.jsonl") if split == "train" else asked
         assert len({q["qid"] for q in own}) == len(own)
         for query in asked:
             assert set(query) == QUERY_FIELDS
@@ -144,21 +137,21 @@ def test_queries_have_exactly_the_fields_of_mbeir(tiny):
             assert re.fullmatch(r"1[012]:[1-9]\d*", query["qid"])
 
 
-def test_every_task_is_there(tiny):
+def test_every_task_is_there(tiny_release):
     tasks = [0, 1, 2, 3, 4, 6, 7, 8]
-    assert sorted({q["task_id"] for q in queries(tiny, "train")}) == tasks
+    assert sorted({q["task_id"] for q in queries(tiny_release, "train")}) == tasks
     for task in tasks:
-        assert queries(tiny, "test", "emoji", str(task)), task
-        assert queries(tiny, "val", "emoji", str(task)), task
-    assert {q["task_id"] for q in queries(tiny, "test", "emojinoto")} == {0, 3, 4, 6, 7, 8}
-    assert {q["task_id"] for q in queries(tiny, "test", "emojiedits")} == {7, 8}
-    assert not queries(tiny, "val", "emojinoto") and not queries(tiny, "val", "emojiedits")
+        assert queries(tiny_release, "test", "emoji", str(task)), task
+        assert queries(tiny_release, "val", "emoji", str(task)), task
+    assert {q["task_id"] for q in queries(tiny_release, "test", "emojinoto")} == {0, 3, 4, 6, 7, 8}
+    assert {q["task_id"] for q in queries(tiny_release, "test", "emojiedits")} == {7, 8}
+    assert not queries(tiny_release, "val", "emojinoto") and not queries(tiny_release, "val", "emojiedits")
 
 
-def test_one_content_has_one_did(tiny):
+def test_one_content_has_one_did(tiny_release):
     by_content: dict[tuple, str] = {}
     by_did: dict[str, tuple] = {}
-    for path in sorted((tiny / "cand_pool").rglob("*.jsonl")):
+    for path in sorted((tiny_release / "cand_pool").rglob("*.jsonl")):
         records = lines(path)
         assert len({r["did"] for r in records}) == len(records)
         for record in records:
@@ -169,51 +162,51 @@ def test_one_content_has_one_did(tiny):
             assert record["modality"] == MODALITIES[bool(record["txt"]), bool(record["img_path"])]
 
 
-def test_pools_are_whole_and_nest(tiny):
-    local = {p.stem: {r["did"] for r in lines(p)} for p in (tiny / "cand_pool/local").glob("*.jsonl")}
-    pictures = sorted((tiny / "mbeir_images/emoji_images").rglob("*.png"))
+def test_pools_are_whole_and_nest(tiny_release):
+    local = {p.stem: {r["did"] for r in lines(p)} for p in (tiny_release / "cand_pool/local").glob("*.jsonl")}
+    pictures = sorted((tiny_release / "mbeir_images/emoji_images").rglob("*.png"))
     for task in (0, 4, 7):
         assert len(local[f"mbeir_emoji_task{task}_cand_pool"]) == len(pictures)
     assert local["mbeir_emojiedits_task7_cand_pool"] == local["mbeir_emoji_task7_cand_pool"]
-    assert set().union(*local.values()) == set(candidates(tiny, "test"))
-    assert set(candidates(tiny, "val")) < set(candidates(tiny, "test"))
-    named = {did for q in queries(tiny, "train") for did in q["pos_cand_list"] + q["neg_cand_list"]}
-    assert set(candidates(tiny, "train")) == named
+    assert set().union(*local.values()) == set(candidates(tiny_release, "test"))
+    assert set(candidates(tiny_release, "val")) < set(candidates(tiny_release, "test"))
+    named = {did for q in queries(tiny_release, "train") for did in q["pos_cand_list"] + q["neg_cand_list"]}
+    assert set(candidates(tiny_release, "train")) == named
     for split in HELD_OUT:
-        for path in (tiny / "query" / split).glob("*.jsonl"):
+        for path in (tiny_release / "query" / split).glob("*.jsonl"):
             pool = local[path.stem.removesuffix(split) + "cand_pool"]
             assert all(set(q["pos_cand_list"]) <= pool for q in lines(path)), path
 
 
-def test_qrels_repeat_the_positives(tiny):
+def test_qrels_repeat_the_positives(tiny_release):
     for split in ("train", *HELD_OUT):
         found = collections.defaultdict(list)
-        for path in (tiny / "qrels" / split).glob("*.txt"):
+        for path in (tiny_release / "qrels" / split).glob("*.txt"):
             for line in path.read_text().splitlines():
                 qid, zero, did, one, task = line.split(" ")
                 assert (zero, one) == ("0", "1") and f"_task{task}_" in path.name
                 found[qid].append(did)
-        assert dict(found) == {q["qid"]: q["pos_cand_list"] for q in queries(tiny, split)}
+        assert dict(found) == {q["qid"]: q["pos_cand_list"] for q in queries(tiny_release, split)}
 
 
-def test_a_picture_is_never_its_own_answer(tiny):
-    everything = candidates(tiny, "test")
+def test_a_picture_is_never_its_own_answer(tiny_release):
+    everything = candidates(tiny_release, "test")
     for split in ("train", *HELD_OUT):
-        for query in queries(tiny, split):
+        for query in queries(tiny_release, split):
             if query["task_id"] in (4, 7):
                 shown = {everything[did]["img_path"] for did in query["pos_cand_list"]}
                 assert query["query_img_path"] not in shown
 
 
-def test_traces_end_in_the_answer(tiny):
-    everything = candidates(tiny, "test")
+def test_traces_end_in_the_answer(tiny_release):
+    everything = candidates(tiny_release, "test")
     captions = collections.defaultdict(set)
     for record in everything.values():
         if record["modality"] == "image,text":
             captions[record["img_path"]].add(record["txt"])
     for split in ("train", *HELD_OUT):
-        thoughts = traces(tiny, split)
-        for query in queries(tiny, split):
+        thoughts = traces(tiny_release, split)
+        for query in queries(tiny_release, split):
             thought = thoughts[query["qid"]]
             assert set(thought) == {"qid", "complex", "reasoning", "answer"}
             assert thought["complex"] == bool(thought["reasoning"]) == bool(thought["answer"])
@@ -232,57 +225,57 @@ def test_traces_end_in_the_answer(tiny):
             assert 6 <= len(words) <= 34, words
 
 
-def test_both_styles_are_right_answers(tiny):
-    everything = candidates(tiny, "test")
-    for query in queries(tiny, "test", "emoji", "7"):
+def test_both_styles_are_right_answers(tiny_release):
+    everything = candidates(tiny_release, "test")
+    for query in queries(tiny_release, "test", "emoji", "7"):
         styles = {everything[did]["img_path"].split("/")[2] for did in query["pos_cand_list"]}
         assert styles == {"twemoji", "openmoji"}
 
 
-def test_pictures_are_small_rgb_and_all_different(tiny):
+def test_pictures_are_small_rgb_and_all_different(tiny_release):
     digests = set()
-    for path in (tiny / "mbeir_images").rglob("*.png"):
+    for path in (tiny_release / "mbeir_images").rglob("*.png"):
         with Image.open(path) as picture:
             assert picture.size == (drawings.SIDE, drawings.SIDE) and picture.mode == "RGB"
         digests.add(hashlib.sha256(path.read_bytes()).digest())
-    info = json.loads((tiny / "info.json").read_text())
-    assert len(digests) == info["pictures"] == len(list((tiny / "mbeir_images").rglob("*.png")))
+    info = json.loads((tiny_release / "info.json").read_text())
+    assert len(digests) == info["pictures"] == len(list((tiny_release / "mbeir_images").rglob("*.png")))
 
 
-def test_unseen_style_and_edits_stay_out_of_training(tiny):
-    for pictures, _ in told_in_training(tiny):
+def test_unseen_style_and_edits_stay_out_of_training(tiny_release):
+    for pictures, _ in told_in_training(tiny_release):
         assert not any("noto" in path for path in pictures)
-    edited = [q for q in queries(tiny, "train") if q["task_id"] in (2, 7, 8)]
+    edited = [q for q in queries(tiny_release, "train") if q["task_id"] in (2, 7, 8)]
     kinds = {json.loads(q["query_src_content"])["kind"] for q in edited}
     assert not kinds & {"hair", "age", "direction", "moon"}
-    unseen = {json.loads(q["query_src_content"])["kind"] for q in queries(tiny, "test", "emojiedits")}
+    unseen = {json.loads(q["query_src_content"])["kind"] for q in queries(tiny_release, "test", "emojiedits")}
     assert {"hair", "moon"} <= unseen
 
 
-def test_instructions_cover_every_query(tiny):
-    rows = (tiny / "instructions/query_instructions.tsv").read_text().splitlines()
+def test_instructions_cover_every_query(tiny_release):
+    rows = (tiny_release / "instructions/query_instructions.tsv").read_text().splitlines()
     assert rows[0].split("\t")[:4] == ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
     keys = {}
     for row in rows[1:]:
         query, candidate, _, dataset, *prompts = row.split("\t")
         assert len(prompts) == len(set(prompts)) == 4
         keys[dataset, query, candidate] = prompts
-    everything = candidates(tiny, "test")
+    everything = candidates(tiny_release, "test")
     for split in ("train", *HELD_OUT):
-        for query in queries(tiny, split):
+        for query in queries(tiny_release, split):
             answer = everything[query["pos_cand_list"][0]]["modality"]
             assert (query["qid"].split(":")[0], query["query_modality"], answer) in keys
 
 
-def test_generative_records(tiny):
+def test_generative_records(tiny_release):
     for split in ("train", "val"):
-        records = lines(tiny / f"generative/{split}.jsonl")
+        records = lines(tiny_release / f"generative/{split}.jsonl")
         assert len({r["id"] for r in records}) == len(records)
         for record in records:
             assert set(record) == {"id", "kind", "img_path", "prompt", "response"}
             assert record["prompt"] and record["response"]
-            assert record["img_path"] is None or (tiny / record["img_path"]).exists()
-    kinds = {r["kind"] for r in lines(tiny / "generative/train.jsonl")}
+            assert record["img_path"] is None or (tiny_release / record["img_path"]).exists()
+    kinds = {r["kind"] for r in lines(tiny_release / "generative/train.jsonl")}
     subjects = {
         "caption": "person thing flag symbol clock",
         "words": "person thing flag symbol clock",
@@ -298,8 +291,8 @@ def test_generative_records(tiny):
     assert kinds == {f"{what} {subject}" for what, of in subjects.items() for subject in of.split()} | {"fact"}
 
 
-def test_what_is_imagined_is_right_and_names_no_drawn_cell_that_is_held_out(tiny):
-    records = [r for r in lines(tiny / "generative/train.jsonl") if r["kind"].startswith("imagined")]
+def test_what_is_imagined_is_right_and_names_no_drawn_cell_that_is_held_out(tiny_release):
+    records = [r for r in lines(tiny_release / "generative/train.jsonl") if r["kind"].startswith("imagined")]
     written = {r["prompt"]: r["response"] for r in records}
     assert len(written) == len(records) > 800
     held_out = [e.caption for e in concepts.emojis() if e.split != "train" and e.kind in ("heart", "circle", "square")]
@@ -330,18 +323,18 @@ def test_times_are_said_as_people_say_them():
     assert {minutes: wording.time_words(minutes) for minutes in said} == said
 
 
-def test_the_words_of_a_held_out_question_are_not_read(tiny):
-    asked = {q["query_txt"] for split in HELD_OUT for q in queries(tiny, split, "emoji", 1)}
-    read = {r["prompt"] for r in lines(tiny / "generative/train.jsonl")}
+def test_the_words_of_a_held_out_question_are_not_read(tiny_release):
+    asked = {q["query_txt"] for split in HELD_OUT for q in queries(tiny_release, split, "emoji", 1)}
+    read = {r["prompt"] for r in lines(tiny_release / "generative/train.jsonl")}
     facts = {q for q in asked if q.startswith(("Which city", "Which continent", "What is the currency"))}
     assert facts and not facts & read
 
 
-def test_a_second_build_is_the_same_and_a_third_is_skipped(tiny, tmp_path):
+def test_a_second_build_is_the_same_and_a_third_is_skipped(tiny_release, tmp_path):
     (tmp_path / "release.partial").mkdir()  # what an interrupted build leaves behind
     (tmp_path / "release.partial/rubbish").write_text("half")
     release.build("tiny", tmp_path / "release")
-    first = {p.relative_to(tiny): p.read_bytes() for p in tiny.rglob("*") if p.is_file()}
+    first = {p.relative_to(tiny_release): p.read_bytes() for p in tiny_release.rglob("*") if p.is_file()}
     again = tmp_path / "release"
     second = {p.relative_to(again): p.read_bytes() for p in again.rglob("*") if p.is_file()}
     assert first == second
@@ -483,9 +476,9 @@ def test_every_emoji_can_be_drawn_in_every_style():
         drawings.twemoji("nothing like this")
 
 
-def test_the_union_repeats_rare_kinds_and_nothing_else(tiny):
-    own = {record["qid"]: record for record in lines(tiny / "query/train/mbeir_emoji_train.jsonl")}
-    union = queries(tiny, "train")
+def test_the_union_repeats_rare_kinds_and_nothing_else(tiny_release):
+    own = {record["qid"]: record for record in lines(tiny_release / "query/train/mbeir_emoji_train.jsonl")}
+    union = queries(tiny_release, "train")
     assert all(own[record["qid"]] == record for record in union)
     assert {record["qid"] for record in union} == set(own)
 

@@ -10,8 +10,7 @@ import grain
 import pytest
 from PIL import Image
 
-from trace_jax.data.builders import mbeir
-from trace_jax.data.emoji import release as emoji_release
+from trace_jax.data.builders import layout, mbeir
 
 
 def png(colour: str) -> bytes:
@@ -128,15 +127,6 @@ def test_sources_pickle_and_feed_grain(release, tmp_path):
     assert sorted(data[i] for i in range(len(data))) == ["2:5", "7:1", "7:1"]
 
 
-def test_qrels_instructions_and_hashes(release, tmp_path):
-    mbeir.build(release, tmp_path)
-    qrels = mbeir.load_qrels(tmp_path / "release/qrels/test/mbeir_fashioniq_task7_test_qrels.txt")
-    assert qrels == {"7:2": {"7:1", "7:2"}}
-    prompts = mbeir.load_instructions(tmp_path)
-    assert prompts == {(7, "image,text", "image"): ["One.", "Two.", "Three.", "Four."]}
-    assert mbeir.hash_qid("7:12") == 3_500_012 and mbeir.hash_did("7:341") == 70_000_341
-
-
 def test_a_complete_build_is_skipped_and_a_changed_release_is_not(release, tmp_path):
     assert mbeir.build(release, tmp_path)
     assert not mbeir.build(release, tmp_path)
@@ -149,7 +139,7 @@ def test_a_release_elsewhere_is_linked(release, tmp_path):
     folder = tmp_path / "data/mine"
     mbeir.build(release, folder)
     assert (folder / "release").resolve() == release
-    assert mbeir.load_instructions(folder)
+    assert layout.load_instructions(folder / "release")
     assert mbeir.load_queries(folder, "train")[0]["images"] == [RED]
 
 
@@ -161,7 +151,7 @@ def test_a_release_that_moved_or_another_one_is_linked_anew(release, tmp_path):
     assert not mbeir.build(moved, folder)  # the records are the same, the qrels are not
     assert (folder / "release").resolve() == moved
     write(moved / "query/test/mbeir_fashioniq_task7_test.jsonl", "{")
-    with pytest.raises(mbeir.ReleaseError, match="line 1: not valid JSON"):
+    with pytest.raises(layout.ReleaseError, match="line 1: not valid JSON"):
         mbeir.build(moved, folder)
     shutil.rmtree(moved)  # a link to nowhere
     assert not mbeir.build(release, folder) and (folder / "release").resolve() == release
@@ -172,7 +162,7 @@ def test_a_release_stays_linked_until_the_records_of_another_are_finished(releas
     mbeir.build(release, folder)
     shutil.copytree(release, other)
     write(other / "query/test/mbeir_fashioniq_task7_test.jsonl", QUERY, "{")
-    with pytest.raises(mbeir.ReleaseError, match="line 2: not valid JSON"):
+    with pytest.raises(layout.ReleaseError, match="line 2: not valid JSON"):
         mbeir.build(other, folder)
     assert (folder / "release").resolve() == release and mbeir.load_queries(folder, "train")
 
@@ -180,7 +170,7 @@ def test_a_release_stays_linked_until_the_records_of_another_are_finished(releas
 def test_a_release_in_the_place_of_the_link_is_not_mixed_with_another(release, tmp_path):
     folder = tmp_path / "data/mine"
     shutil.copytree(release, folder / "release")
-    with pytest.raises(mbeir.ReleaseError, match=r"mine/release holds qrels other than .*: move that folder away"):
+    with pytest.raises(layout.ReleaseError, match=r"mine/release holds qrels other than .*: move that folder away"):
         mbeir.build(release, folder)
     assert mbeir.build(folder / "release", folder)
 
@@ -206,7 +196,7 @@ def test_a_failed_build_leaves_the_old_records(release, tmp_path):
     mbeir.build(release, tmp_path)
     union = release / "query/union_train/mbeir_union_up_train.jsonl"
     union.write_text(union.read_text() + '{"qid": "7:9", "query_txt"')
-    with pytest.raises(mbeir.ReleaseError, match=r"line 4: not valid JSON .* fetch it again"):
+    with pytest.raises(layout.ReleaseError, match=r"line 4: not valid JSON .* fetch it again"):
         mbeir.build(release, tmp_path)
     assert len(mbeir.load_queries(tmp_path, "train")) == 3
 
@@ -228,7 +218,7 @@ BROKEN_QUERIES = [
 def test_broken_queries_name_file_line_and_mend(release, tmp_path, change, message):
     path = release / "query/test/mbeir_fashioniq_task7_test.jsonl"
     write(path, {**QUERY, **change})
-    with pytest.raises(mbeir.ReleaseError, match=message) as caught:
+    with pytest.raises(layout.ReleaseError, match=message) as caught:
         mbeir.build(release, tmp_path)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "records").exists()
@@ -237,17 +227,17 @@ def test_broken_queries_name_file_line_and_mend(release, tmp_path, change, messa
 def test_missing_field_and_wrong_line(release, tmp_path):
     pool = release / "cand_pool/local/mbeir_fashioniq_task7_cand_pool.jsonl"
     write(pool, CANDIDATE, {k: v for k, v in CANDIDATE.items() if k != "modality"})
-    with pytest.raises(mbeir.ReleaseError, match="line 2: the field 'modality' is missing"):
+    with pytest.raises(layout.ReleaseError, match="line 2: the field 'modality' is missing"):
         mbeir.build(release, tmp_path)
     write(pool, CANDIDATE, "[1, 2]")
-    with pytest.raises(mbeir.ReleaseError, match="line 2: expected a JSON object, found list"):
+    with pytest.raises(layout.ReleaseError, match="line 2: expected a JSON object, found list"):
         mbeir.build(release, tmp_path)
 
 
 @pytest.mark.parametrize(("data", "message"), [(RED[:-30], "cut short"), (b"", "is empty")])
 def test_truncated_picture(release, tmp_path, data, message):
     (release / "mbeir_images/a/red.png").write_bytes(data)
-    with pytest.raises(mbeir.ReleaseError, match=message):
+    with pytest.raises(layout.ReleaseError, match=message):
         mbeir.build(release, tmp_path)
 
 
@@ -259,24 +249,23 @@ def test_a_whole_picture_with_something_behind_its_end_is_taken(release, tmp_pat
 
 
 def test_not_a_release(tmp_path):
-    with pytest.raises(mbeir.ReleaseError, match="is this an M-BEIR release"):
+    with pytest.raises(layout.ReleaseError, match="is this an M-BEIR release"):
         mbeir.build(tmp_path, tmp_path / "data")
     with pytest.raises(FileNotFoundError, match=r"run launch/build_data\.py"):
         mbeir.load_queries(tmp_path / "data", "train")
 
 
-def test_the_embedded_release_goes_through_the_same_door(tmp_path):
-    emoji_release.build("tiny", tmp_path / "release")
-    mbeir.build(tmp_path / "release", tmp_path)
-    for path in (tmp_path / "release/query/test").glob("*.jsonl"):
+def test_the_embedded_release_goes_through_the_same_door(tiny_config):
+    folder = pathlib.Path(tiny_config.data.root) / tiny_config.data.release
+    for path in (folder / "release/query/test").glob("*.jsonl"):
         asked = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        source = mbeir.load_queries(tmp_path, path.stem)
+        source = mbeir.load_queries(folder, path.stem)
         assert source.keys == [q["qid"] for q in asked]
         for query, record in zip(asked, source, strict=True):
             assert record["pos_dids"] == query["pos_cand_list"]
             assert record["query_txt"] == (query["query_txt"] or "")
             name = query["query_img_path"]
-            assert record["images"] == ([(tmp_path / "release" / name).read_bytes()] if name else [])
-    train = mbeir.load_candidates(tmp_path, "train")
-    queries = mbeir.load_queries(tmp_path, "train")
+            assert record["images"] == ([(folder / "release" / name).read_bytes()] if name else [])
+    train = mbeir.load_candidates(folder, "train")
+    queries = mbeir.load_queries(folder, "train")
     assert set(train.keys) == {did for record in queries for did in record["pos_dids"] + record["neg_dids"]}

@@ -8,7 +8,7 @@ import torch
 
 from launch import prepare_data
 from tests.data.mbeir_release import jpeg
-from trace_jax.data.builders import mbeir, unseen
+from trace_jax.data.builders import layout, mbeir, unseen
 from trace_jax.data.schema import TASKS
 
 
@@ -135,16 +135,16 @@ def test_each_benchmark_is_prepared_from_its_authors_files(tmp_path, name, monke
     make(tmp_path / "source")
     prepare_data.main(prepare_data.Arguments(name, str(tmp_path / "source"), data_dir=tmp_path / "data"))
     folder = tmp_path / "data" / name
-    prompts = mbeir.load_instructions(folder)
+    prompts = layout.load_instructions(folder / "release")
     for stem, (queries, candidates) in sizes.items():
         asked = mbeir.load_queries(folder, f"mbeir_{stem}_{split}")
         pool = mbeir.load_candidates(folder, f"mbeir_{stem}_cand_pool")
         assert (len(asked), len(pool)) == (queries, candidates)
-        qrels = mbeir.load_qrels(folder / f"release/qrels/{split}/mbeir_{stem}_{split}_qrels.txt")
+        qrels = layout.load_qrels(folder / f"release/qrels/{split}/mbeir_{stem}_{split}_qrels.txt")
         assert set(qrels) == set(asked.keys)
         assert set().union(*qrels.values()) <= set(pool.keys)
         source, target = TASKS[asked.tasks[0]].split("2")
-        assert (asked[0]["dataset_id"], mbeir.SIDES[source], mbeir.SIDES[target]) in prompts
+        assert (asked[0]["dataset_id"], layout.SIDES[source], layout.SIDES[target]) in prompts
     assert set(unseen.SETS) == set(RELEASES)
 
 
@@ -159,19 +159,19 @@ def test_what_is_asked_and_answered(tmp_path, monkeypatch):
     dialog = mbeir.load_queries(prepared("visdial"), "mbeir_visdial_task0_test")[0]
     assert dialog["query_txt"] == "Q: how many? A: two Q: is it day? A: yes"
     folder = prepared("flickr30k")
-    right = mbeir.load_qrels(folder / "release/qrels/test/mbeir_flickr30k_task3_test_qrels.txt")
+    right = layout.load_qrels(folder / "release/qrels/test/mbeir_flickr30k_task3_test_qrels.txt")
     assert [len(dids) for dids in right.values()] == [5, 5]
     folder = prepared("genecis")
-    judged = mbeir.load_judged(folder / "release/qrels/test/mbeir_genecis_focus_attribute_task7_test_qrels.txt")
+    judged = layout.load_judged(folder / "release/qrels/test/mbeir_genecis_focus_attribute_task7_test_qrels.txt")
     assert [sorted(dids.values()) for dids in judged.values()] == [[False, False, True]] * 2
-    prompts = {prompt for found in mbeir.load_instructions(folder).values() for prompt in found}
+    prompts = {prompt for found in layout.load_instructions(folder / "release").values() for prompt in found}
     assert len(prompts) == 2  # focus_attribute has one of its own
     assert (tmp_path / "urban1k").exists() is False
     folder = prepared("vist")
     story, other = (mbeir.load_queries(folder, "mbeir_vist_task7_test")[i] for i in (0, 1))
     assert story["query_txt"] == "Tale 11. <image> Tale 12. <image> Tale 13. <image> Tale 14. <image> Tale 15."
     assert story["images"] == [(tmp_path / f"vist/images/val/{i}.jpg").read_bytes() for i in (11, 12, 13, 14)]
-    judged = mbeir.load_judged(folder / "release/qrels/test/mbeir_vist_task7_test_qrels.txt")
+    judged = layout.load_judged(folder / "release/qrels/test/mbeir_vist_task7_test_qrels.txt")
     assert sorted(judged[story["qid"]].values()) == [-1, -1, -1, -1, 1]
     assert sorted(judged[other["qid"]].values()) == [-1, -1, -1, 1]  # a picture that comes twice
     folder = prepared("mtfiq")
@@ -212,6 +212,14 @@ def test_what_is_asked_and_answered(tmp_path, monkeypatch):
         ("sugarcrepe", "add_obj.json", "{", "add_obj.json: not valid JSON"),
         ("sharegpt4v", "datas_for_validation.json", '[{"caption": "x"}]', "record 1: the field 'image_name'"),
         ("visdial", "visdial_1.0_val.json", "{}", "the field 'data' is missing"),
+        (
+            "visdial",
+            "visdial_1.0_val.json",
+            '{"data": {"questions": [], "answers": [], "dialogs": [{"image_id": 1, "dialog": [{"question": 3}]}]}}',
+            "not as the authors of visdial release it .IndexError",
+        ),
+        ("sugarcrepe", "add_obj.json", "[]", "not as the authors of sugarcrepe release it .AttributeError"),
+        ("urban1k", "caption/x.txt", "a caption", "not as the authors of urban1k release it .ValueError: .*'x'"),
         ("urban1k", "image/2.jpg", "no picture", r"line 2: the picture 'image/2\.jpg' cannot be decoded"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from trace_jax.config import ROOT, load_config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.processor import pack, stack_shards
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor, append
@@ -77,7 +77,7 @@ def test_states_and_logits_equal_transformers(reference, with_image):
 def test_bfloat16_embeds_as_float32_does(tiny_config, capsys):
     processor = Processor.from_hf(BASE, load_config("emoji_tiny").data)
     release = pathlib.Path(tiny_config.data.root) / "tiny"
-    candidates = mbeir.load_candidates(release, mbeir.TRAIN_POOL)
+    candidates = mbeir.load_candidates(release, layout.TRAIN_POOL)
     records = [candidates[int(row)] for row in np.linspace(0, len(candidates) - 1, 20)]
     documents = [Document(record["txt"], record["image"] or None) for record in records]
     kinds = {(bool(document.text), document.image is not None) for document in documents}

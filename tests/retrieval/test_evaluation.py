@@ -7,34 +7,22 @@ import pytest
 from etils import epath
 
 from trace_jax.config import Config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.schema import TASKS
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.artifacts import MissingStageError
-from trace_jax.retrieval.benchmark import Benchmark, did_of
+from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.evaluation import (
     Scope,
     evaluate,
-    hits_at,
     is_right,
-    lay_over,
     load_results,
-    merge,
     queries_key,
-    recalls,
     results_key,
     run_file,
 )
 from trace_jax.retrieval.index import exact_search
 from trace_jax.retrieval.pools import CandidateVectors
-
-
-def test_recall_is_any_hit_as_in_uniir():
-    found = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    positives = [frozenset({3, 99}), frozenset({4}), frozenset()]
-    assert hits_at(found, positives, 1).tolist() == [False, True, False]
-    assert recalls(found, positives, (1, 3)) == {"R@1": 33.33, "R@3": 66.67}
-    assert recalls(found[:0], [], (5,)) == {"R@5": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -55,32 +43,6 @@ def test_a_trace_is_right_when_it_ends_with_the_answer(trace, answer, right):
     assert is_right(trace, answer) is right
 
 
-def test_data_sets_of_one_task_are_averaged():
-    one = {"dataset": "a", "queries": 10, "local": {"R@5": 40.0}, "ceiling": None}
-    other = {"dataset": "b", "queries": 20, "local": {"R@5": 60.0}, "ceiling": {"R@5": 90.0}}
-    merged = merge([one, other])
-    assert merged == {"dataset": "a, b", "queries": 30, "local": {"R@5": 50.0}, "ceiling": {"R@5": 90.0}}
-
-
-def test_a_task_has_the_pools_and_modes_that_all_its_data_sets_have():
-    row = {"local": {"R@5": 40.0}}
-    one = row | {"global": {"R@5": 20.0}, "modes": {"adaptive": row, "always": row}}
-    other = row | {"global": {}, "modes": {"adaptive": {"local": {"R@5": 60.0}}}, "prompts": {"local": 1.0}}
-    merged = merge([one, other])
-    assert merged["global"] == {} and merged["modes"] == {"adaptive": {"local": {"R@5": 50.0}}}
-    assert merged["prompts"] == {"local": 1.0}
-
-
-def test_what_was_known_stays_under_what_is_known_now():
-    before = {"a": {"local": {"R@5": 1.0}, "global": {"R@5": 2.0}, "ceiling": None}, "b": {"queries": 3}}
-    now = {"a": {"local": {"R@5": 4.0}, "global": {}, "ceiling": {"R@5": 5.0}}, "c": {"queries": 6}}
-    assert lay_over(before, now) == {
-        "a": {"local": {"R@5": 4.0}, "global": {"R@5": 2.0}, "ceiling": {"R@5": 5.0}},
-        "b": {"queries": 3},
-        "c": {"queries": 6},
-    }
-
-
 # ---- the release ---------------------------------------------------------------------------------------------------
 
 
@@ -89,11 +51,11 @@ def test_candidates_are_numbered_once_in_the_order_of_their_dids(benchmark_):
     assert (np.diff(ids) > 0).all()
     for pool in benchmark_.searched_pools:
         source = benchmark_.source(pool)
-        rows = benchmark_.candidates.rows(np.array([mbeir.hash_did(did) for did in source.keys]))
+        rows = benchmark_.candidates.rows(np.array([layout.hash_did(did) for did in source.keys]))
         for at in (0, len(source) - 1):
             document = benchmark_.candidates.document(int(rows[at]))
             assert (document.text, document.image or b"") == (source[at]["txt"], source[at]["image"])
-            assert did_of(int(ids[rows[at]])) == source[at]["did"]
+            assert layout.did_of(int(ids[rows[at]])) == source[at]["did"]
 
 
 def test_the_global_pool_is_the_union_of_the_local_ones(benchmark_):
@@ -105,12 +67,31 @@ def test_the_global_pool_is_the_union_of_the_local_ones(benchmark_):
 
 
 def test_every_query_gets_the_first_instruction_of_its_task(benchmark_):
-    prompts = mbeir.load_instructions(benchmark_.folder)
+    prompts = layout.load_instructions(benchmark_.folder / "release")
     for query_set in benchmark_.query_sets:
         labelled = benchmark_.load(query_set)
         assert {query.instruction for query in labelled.queries} <= {choices[0] for choices in prompts.values()}
         assert len({query.instruction for query in labelled.queries}) == 1
         assert len(labelled.qids) == benchmark_.count(query_set)
+
+
+def test_a_release_whose_training_queries_are_in_the_union_alone_trains_all_its_data_sets(tiny_config, tmp_path):
+    release = tmp_path / "mine/release"
+    for name in ("query/test/mbeir_mine_task7_test", "cand_pool/local/mbeir_mine_task7_cand_pool"):
+        (release / name).parent.mkdir(parents=True)
+        (release / f"{name}.jsonl").touch()
+    config = dataclasses.replace(
+        tiny_config, data=dataclasses.replace(tiny_config.data, root=str(tmp_path), release="mine")
+    )
+    assert [query_set.trained for query_set in Benchmark(config).query_sets] == [False]
+    with pytest.raises(ValueError, match="mine has no query files of val"):
+        Benchmark(config).choose(splits=("val",))
+    (release / "query/union_train").mkdir()
+    (release / "query/union_train/mbeir_union_up_train.jsonl").touch()
+    assert [query_set.trained for query_set in Benchmark(config).query_sets] == [True]
+    (release / "query/train").mkdir()
+    (release / "query/train/mbeir_other_train.jsonl").touch()
+    assert [query_set.trained for query_set in Benchmark(config).query_sets] == [False]
 
 
 # ---- a whole run ---------------------------------------------------------------------------------------------------
@@ -203,7 +184,7 @@ def test_recall_agrees_with_an_independent_count(evaluated, benchmark_, retrieve
     lines = run_file(config, query_set, "adaptive", "local").read_text().splitlines()
     qid, q0, did, rank, _, run_id = lines[0].split()
     assert (qid, q0, rank, run_id) == (labelled.qids[0], "Q0", "1", "adaptive")
-    assert did == did_of(int(ids[rows[0, 0]]))
+    assert did == layout.did_of(int(ids[rows[0, 0]]))
     assert len(lines) == 10 * len(labelled.qids)
 
 

@@ -9,9 +9,9 @@ import pytest
 from etils import epath
 
 from trace_jax.config import ROOT
+from trace_jax.data.builders.layout import did_of
 from trace_jax.retrieval import index as index_module
 from trace_jax.retrieval.artifacts import MARK, MissingStageError
-from trace_jax.retrieval.benchmark import did_of
 from trace_jax.retrieval.index import (
     SearchIndex,
     exact_search,

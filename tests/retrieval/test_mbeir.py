@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+import pytrec_eval
 from etils import epath
 
 from launch import prepare_data
@@ -14,7 +15,7 @@ from tests.data.test_unseen import circo, genecis, vist
 from tests.test_end_to_end import figures
 from trace_jax import sharding
 from trace_jax.config import Config, Mesh
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 from trace_jax.data.builders.check import PUBLISHED
 from trace_jax.data.tokenizer import Processor
 from trace_jax.retrieval import artifacts, evaluation
@@ -22,19 +23,19 @@ from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.evaluation import (
     Scope,
-    describe,
     evaluate,
     leave_out,
     load_results,
     metrics_path,
     queries_key,
-    recalls,
     run_file,
 )
 from trace_jax.retrieval.index import build_indexes
+from trace_jax.retrieval.measures import recalls
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.retrieval.program import arguments
 from trace_jax.retrieval.report import write_report
+from trace_jax.retrieval.summary import describe
 from trace_jax.training.train import model_identity, restore_model, train
 
 TESTS = Scope(splits=("test",))
@@ -87,6 +88,25 @@ def test_all_16_files_are_measured_in_both_pools(embedded, retriever):
     assert {len(line.split()) for line in lines} == {6} and len(lines) == 2 * 50
 
 
+def test_trec_eval_finds_the_same_in_the_run_files(embedded, retriever):
+    config, benchmark = embedded
+    metrics, _ = evaluate(config, retriever, benchmark, scope=TESTS)
+    for query_set in benchmark.choose(splits=("test",)):
+        path = benchmark.folder / f"release/qrels/test/{query_set.stem}_qrels.txt"
+        qrels = pytrec_eval.parse_qrel(" ".join(line.split()[:4]) for line in path.read_text().splitlines())
+        for pool in ("local", "global"):
+            lines = run_file(config, query_set, "adaptive", pool).read_text().splitlines()
+            run = pytrec_eval.parse_run(lines)
+            assert sum(map(len, run.values())) == len(lines)  # no candidate twice
+            theirs = pytrec_eval.RelevanceEvaluator(qrels, {"success.1,5,10", "recall.10"}).evaluate(run)
+            entry = metrics["files"][query_set.stem]
+            for k in (1, 5, 10):
+                wanted = 100 * np.mean([each[f"success_{k}"] for each in theirs.values()])
+                assert entry[pool][f"R@{k}"] == round(wanted, 2)
+            wanted = 100 * np.mean([each["recall_10"] for each in theirs.values()])
+            assert entry["ranking"][pool]["true R@10"] == round(wanted, 2)
+
+
 def test_nothing_is_said_of_routing_where_no_query_is_called_simple_or_complex(embedded, retriever):
     config, benchmark = embedded
     metrics, _ = evaluate(config, retriever, benchmark, scope=TESTS)
@@ -103,7 +123,7 @@ def test_files_measured_later_join_those_that_are_there(embedded, retriever):
     whole, _ = evaluate(config, retriever, benchmark, scope=TESTS)
     again, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
     assert again == whole == json.loads(metrics_path(config).read_text())
-    for stranger in ({"config_hash": "of another"}, {"records": "of others"}, {"checkpoint": {}}):
+    for stranger in ({"config_hash": "of another"}, {"records": "of others"}, {"qrels": ""}, {"checkpoint": {}}):
         artifacts.write_json(metrics_path(config), whole | stranger)
         alone, _ = evaluate(config, retriever, benchmark, scope=Scope(("cirr",), ("test",), ("local",)))
         assert set(alone["files"]) == {"mbeir_cirr_task7_test"} and alone["average_global"] is None
@@ -114,6 +134,7 @@ def test_a_page_holds_the_papers_table(embedded, retriever):
     config, benchmark = embedded
     evaluate(config, retriever, benchmark, scope=TESTS)
     page = write_report(config, benchmark).read_text()
+    assert page.count(">U-MARVEL-7B, best on average<") == 1 and page.count(">tiny</text>") == 2  # plots of both pools
     assert "U-MARVEL-7B" in page and "files as in the paper" in page and "simple queries" not in page
     tables = epath.Path(config.run_dir) / "tables"
     assert {path.name for path in tables.iterdir()} == {
@@ -215,7 +236,7 @@ def test_a_query_with_judged_wrong_answers_is_measured_among_those_alone(prepare
         found: dict[str, list[int]] = {qid: [] for qid in labelled.qids}
         for line in run_file(config, query_set, "adaptive", "local").read_text().splitlines():
             qid, _, did, *_ = line.split()
-            found[qid].append(mbeir.hash_did(did))
+            found[qid].append(layout.hash_did(did))
         firsts = [ids[0] in right for ids, right in zip(found.values(), labelled.positives, strict=True)]
         assert [set(ids) for ids in found.values()] == labelled.galleries
         assert entry["local"]["R@1"] == round(100 * sum(firsts) / len(firsts), 2) and entry["local"]["R@5"] == 100
@@ -255,7 +276,7 @@ def test_a_storys_own_pictures_are_no_answers(prepared, retriever, tmp_path):
     labelled, found = benchmark.load(query_set), {}
     for line in run_file(config, query_set, "adaptive", "local").read_text().splitlines():
         qid, _, did, *_ = line.split()
-        found.setdefault(qid, []).append(mbeir.hash_did(did))
+        found.setdefault(qid, []).append(layout.hash_did(did))
     everything = set(benchmark.ids(query_set.pool).tolist())
     assert [len(query.images) for query in labelled.queries] == [4, 4]
     for qid, out in zip(labelled.qids, labelled.excluded, strict=True):

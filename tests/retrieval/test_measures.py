@@ -57,6 +57,14 @@ def test_measures_equal_trec_eval(run):
                 assert values[q] == wanted
 
 
+def test_recall_is_any_hit_as_in_uniir():
+    found = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    positives = [frozenset({3, 99}), frozenset({4}), frozenset()]
+    assert hits_at(found, positives, 1).tolist() == [False, True, False]
+    assert recalls(found, positives, (1, 3)) == {"R@1": 33.33, "R@3": 66.67}
+    assert recalls(found[:0], [], (5,)) == {"R@5": 0.0}
+
+
 def uniir_recall(qrels: dict[str, list[str]], run: dict[str, list[str]], k: int) -> float:
     """UniIR's definition: one point for a query when any of its right answers is retrieved, rounded to 4 places."""
     points = [1.0 if any(did in run[qid][:k] for did in qrels.get(qid, [])) else 0.0 for qid in run]

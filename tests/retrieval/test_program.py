@@ -34,3 +34,10 @@ def test_reading_options_changes_nothing(cache):
     before = cache()
     config, _ = program.arguments(["emoji_tiny", "--pools", "local"], None)
     assert config.name == "emoji_tiny" and cache() == before
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--pools", "--splits"])
+def test_an_empty_choice_is_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        program.arguments(["emoji_tiny", option, ""], None)
+    assert "name at least one" in capsys.readouterr().err

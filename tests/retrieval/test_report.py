@@ -9,7 +9,7 @@ from PIL import Image
 
 from trace_jax.data.schema import Query
 from trace_jax.retrieval.artifacts import MissingStageError
-from trace_jax.retrieval.report import curves, data_uri, write_report
+from trace_jax.retrieval.report import data_uri, write_report
 from trace_jax.retrieval.search import choose_pool, draw, read_query, search, to_json
 
 
@@ -30,15 +30,6 @@ def test_the_page_stands_alone_and_shows_enough(evaluated, benchmark_):
 def test_an_unevaluated_run_is_refused(fresh_config, benchmark_):
     with pytest.raises(MissingStageError, match="make quickstart"):
         write_report(fresh_config, benchmark_)
-
-
-def test_curves_are_inline_and_the_same_every_time():
-    rows = [{"step": step, "loss_gen": 1 / step, "emb_first": 0.5, "recall_in_batch": 0.1} for step in (1, 2, 3)]
-    drawn = curves(rows)
-    assert len(drawn) == 3
-    assert all(svg.startswith("<svg") for svg in drawn)
-    assert drawn == curves(rows)
-    assert curves(rows[:1]) == []
 
 
 def test_pictures_are_made_small():

@@ -1,6 +1,6 @@
 """The rules that every trace of M-BEIR-CoT must pass."""
 
-import collections
+import math
 import pathlib
 import random
 import resource
@@ -65,8 +65,8 @@ def filters(
 ) -> None:
     """Rows a second and core through the rules of M-BEIR-CoT, one after the other, and the memory that it takes.
 
-    Time is the process's own, so that a busy machine does not matter. The near-duplicate step is measured apart, on the
-    keys and texts of the rows, which it holds all at once.
+    Time is the process's own, so that a busy machine does not matter. The near-duplicate step is measured apart, shard
+    by shard as the stage does it, on the groups and texts of a shard's rows.
 
     Args:
         rows: that pass.
@@ -91,12 +91,18 @@ def filters(
             started = now
             steps.append({"rows": number, "rows_per_second": rate, "peak_mib": _peak()})
             print(f"{number:8,}{rate:9,.0f}{steps[-1]['peak_mib']:10.0f}", flush=True)
-    groups = collections.defaultdict(list)
-    for row in _rows(rows):
-        groups[duplicates.group_key(row)].append((row.qid, row.text))
-    started = time.process_time()
-    twins = sum(1 for group in groups.values() for _ in duplicates.duplicates(group, options))
-    rate = rows / (time.process_time() - started)
-    print(f"\nnear-duplicates: {rate:,.0f} rows/s, {twins:,} found in {len(groups):,} groups; peak {_peak():.0f} MiB")
-    near = {"rows_per_second": rate, "found": twins, "groups": len(groups), "peak_mib": _peak()}
-    report({"tokens": tokens, "rules": steps, "near_duplicates": near}, json)
+    print(f"\n{'shard of':>8}{'rows/s':>9}{'peak MiB':>10}{'near-duplicates':>17}")
+    shards = []
+    count = math.ceil(rows / duplicates.SHARD)
+    for shard in range(count):
+        compared = [
+            (group, row.qid, row.text)
+            for row in _rows(rows)
+            if duplicates.shard_of(group := duplicates.group_key(row), count) == shard
+        ]
+        started = time.process_time()
+        found = len(duplicates.of_all(compared, options))
+        rate = len(compared) / (time.process_time() - started)
+        shards.append({"rows": len(compared), "rows_per_second": rate, "peak_mib": _peak(), "found": found})
+        print(f"{len(compared):8,}{rate:9,.0f}{_peak():10.0f}{found:17,}", flush=True)
+    report({"tokens": tokens, "rules": steps, "near_duplicates": shards}, json)

@@ -18,7 +18,7 @@ from trace_jax.cot.pipeline import Build, UnfinishedError, need_stage_before, ne
 from trace_jax.cot.schema import read_rows, write_lines
 from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import dollars
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 
 REQUESTS = 50_000  # of a file: what the hosted batch APIs accept
 BYTES = 180_000_000
@@ -39,10 +39,12 @@ def read_answers(build: Build, stage: str) -> int:
     count, rejected = 0, list[tuple[str, Answer]]()
     with contextlib.closing(Cache(build.cache)) as cache:
         for path in sorted(folder(build, stage).glob("answers*.jsonl")):
-            for where, record in mbeir.lines(path):
+            for where, record in layout.lines(path):
                 if not isinstance(key := record.get("custom_id"), str):
-                    raise mbeir.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
+                    raise layout.ReleaseError(f"{where}: no custom_id; put answers here as the batch API wrote them")
                 response = record.get("response") or {}
+                if not isinstance(response, dict):
+                    raise layout.ReleaseError(f"{where}: response is no object; is it what the batch API wrote?")
                 status, body = response.get("status_code"), response.get("body")
                 if status in REJECTED:
                     rejected.append((key, rejection(status, json.dumps(body))))

@@ -1,6 +1,7 @@
 """Options of a CoT build: frozen dataclasses; one file per build in configs/cot/."""
 
 import dataclasses
+import re
 from typing import Literal
 
 
@@ -67,6 +68,13 @@ class Filters:
     duplicate_similarity: float = 0.8  # Jaccard, of character 5-grams of the queries, where picture and answer agree
     permutations: int = 128  # of MinHash
 
+    def __post_init__(self) -> None:
+        for pattern in (*self.leaks, *self.refusals):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
 
 @dataclasses.dataclass(frozen=True)
 class Verify:
@@ -103,7 +111,17 @@ class CotConfig:
         for share in (self.audit, self.show_gold, self.verify.controls, *self.show_gold_of.values()):
             if not 0 <= share <= 1:
                 raise ValueError(f"a share is {share}: choose from 0 to 1")
-        for name, model in (("teacher", self.teacher), ("verifier", self.verifier)):
+        models = (("teacher", self.teacher), ("verifier", self.verifier))
+        counts = {"part_rows": self.part_rows, "filters.permutations": self.filters.permutations}
+        counts |= {
+            f"{name}.{field}": getattr(model, field)
+            for name, model in models
+            for field in ("concurrency", "attempts", "timeout", "max_tokens", "give_up_after")
+        }
+        for name, count in counts.items():
+            if count <= 0:
+                raise ValueError(f"{name} is {count}: choose more than 0")
+        for name, model in models:
             free = model.kind == "openai" and not (model.input_price or model.output_price)
             if self.budget.dollars and free:
                 raise ValueError(

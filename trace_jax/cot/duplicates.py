@@ -2,6 +2,7 @@
 that of an earlier one is dropped. MinHash finds the likely ones, their exact similarity decides.
 """
 
+import collections
 import functools
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from trace_jax.cot.config import Filters
 from trace_jax.cot.filters import normalise
 from trace_jax.cot.schema import Row, order
 
+SHARD = 50_000  # rows that are compared at once, and so in memory
 _SHINGLE = 5  # characters
 _WEIGHTS = (0.05, 0.95)  # of false and of missed candidates: a false one costs a comparison, a missed one a duplicate
 
@@ -19,6 +21,11 @@ _WEIGHTS = (0.05, 0.95)  # of false and of missed candidates: a false one costs 
 def group_key(row: Row) -> str:
     """Rows of other groups are never duplicates of each other."""
     return hashlib.sha256(f"{row.task}\0{row.image}\0{normalise(row.answer)}".encode()).hexdigest()
+
+
+def shard_of(group: str, shards: int) -> int:
+    """Which shard a group is in: the same on every machine."""
+    return int(group, 16) % shards
 
 
 def shingles(text: str) -> set[str]:
@@ -79,3 +86,11 @@ def duplicates(rows: Iterable[tuple[str, str]], options: Filters) -> Iterator[tu
         kept[qid] = parts
         same[frozenset(parts)] = qid
         index.insert(qid, signature)
+
+
+def of_all(rows: Iterable[tuple[str, str, str]], options: Filters) -> dict[str, str]:
+    """Qid -> qid of the earlier one, of every near-duplicate among rows of several groups: (group, qid, text)."""
+    groups: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+    for group, qid, text in rows:
+        groups[group].append((qid, text))
+    return {qid: earlier for group in groups.values() for qid, earlier in duplicates(group, options)}

@@ -9,7 +9,8 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from trace_jax.cot.prompts import Prompts
 from trace_jax.cot.schema import Row, dump, read_rows, write_lines
 from trace_jax.cot.stages import make_stage
 from trace_jax.cot.teacher import Asked, MetadataTeacher, OnlineTeacher, Result, Unanswered
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 
 VERSION = "1.1.0"
 """Rises whenever a stage makes other rows or files of the same options."""
@@ -50,6 +51,8 @@ class Build:
     beam_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.output.resolve().is_relative_to(self.release.resolve()):
+            raise ValueError(f"{self.output} is in the release that is read: choose another --output")
         made = self.output / "release"
         ours = self.work.exists() and not made.is_symlink() and made.resolve() != self.release.resolve()
         if made.exists() and not ours:
@@ -92,7 +95,7 @@ def folders(build: Build) -> dict[str, Path]:
     """Stage -> its folder. The first is "source"."""
     config = build.config
     asked = Prompts(config.prompts).hashes()
-    instructions = sorted(mbeir.read_instructions(build.release).items())
+    instructions = sorted(layout.load_instructions(build.release).items())
     depends: dict[str, list[Any]] = {
         "source": [
             mbeir.fingerprint(build.release),
@@ -184,7 +187,7 @@ def neighbours(build: Build, stage: str) -> tuple[Path, Path]:
 
 
 class JudgePart(beam.DoFn):
-    """Part name -> the part after the rules that look at one row; yields (group, (qid, text, part)) of kept traces."""
+    """Part name -> the part after the rules that look at one row, and beside it what near-duplicates are found by."""
 
     def __init__(self, build: Build, before: Path, after: Path) -> None:
         self._build, self._before, self._after = build, before, after
@@ -193,57 +196,78 @@ class JudgePart(beam.DoFn):
         """Loads tokenizer and language model."""
         self._rules = Rules(self._build.config.filters, Prompts(self._build.config.prompts))
 
-    def process(self, part: str) -> Iterator[tuple[str, tuple[str, str, str]]]:
-        """Judges what is not judged yet."""
-        if not (self._after / part).exists():
-            write_lines(self._after / part, (dump(self._rules.judge(row)) for row in read_rows(self._before / part)))
-        for row in read_rows(self._after / part):
-            if row.complex and not row.dropped:
-                yield duplicates.group_key(row), (row.qid, row.text, part)
+    def process(self, part: str) -> Iterator[None]:
+        """Judges what is not judged yet; yields nothing."""
+        judged, compared = self._after / part, self._after / f"{part}.compared"
+        if not judged.exists():
+            write_lines(judged, (dump(self._rules.judge(row)) for row in read_rows(self._before / part)))
+        if not compared.exists():
+            kept = (row for row in read_rows(judged) if row.complex and not row.dropped)
+            write_lines(compared, (json.dumps([duplicates.group_key(row), row.qid, row.text]) for row in kept))
+        yield from ()
 
 
-def _duplicates(
-    group: tuple[str, Iterable[tuple[str, str, str]]], options: Any
-) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(part, (qid, qid of the earlier one)) of a group's near-duplicates."""
-    rows = list(group[1])
-    parts = {qid: part for qid, _, part in rows}
-    for qid, twin in duplicates.duplicates(((qid, text) for qid, text, _ in rows), options):
-        yield parts[qid], (qid, twin)
+class CompareShard(beam.DoFn):
+    """Number of a shard of the groups -> a file of its near-duplicates: qid -> qid of the earlier one."""
+
+    def __init__(self, build: Build, parts: list[str], judged: Path) -> None:
+        self._options, self._parts, self._judged = build.config.filters, parts, judged
+        self.shards = math.ceil(len(parts) * build.config.part_rows / duplicates.SHARD)
+
+    def file(self, shard: int) -> Path:
+        """Where the near-duplicates of a shard are."""
+        return self._judged / f"duplicates-{shard:05}.json"
+
+    def process(self, shard: int) -> Iterator[None]:
+        """Reads what all parts have of the shard, so that one shard is in memory; yields nothing."""
+        if not self.file(shard).exists():
+            write_lines(self.file(shard), [json.dumps(duplicates.of_all(self._rows(shard), self._options))])
+        yield from ()
+
+    def _rows(self, shard: int) -> Iterator[tuple[str, str, str]]:
+        for part in self._parts:
+            with (self._judged / f"{part}.compared").open(encoding="utf-8") as file:
+                yield from (row for row in map(json.loads, file) if duplicates.shard_of(row[0], self.shards) == shard)
 
 
 class DropPart(beam.DoFn):
-    """(part, its near-duplicates) -> the part without them."""
+    """Part name -> the part without its near-duplicates."""
 
-    def __init__(self, before: Path, after: Path) -> None:
-        self._before, self._after = before, after
+    def __init__(self, found: list[Path], before: Path, after: Path) -> None:
+        self._found, self._before, self._after = found, before, after
 
-    def process(self, element: tuple[str, dict[str, Iterable[Any]]]) -> Iterator[None]:
+    def setup(self) -> None:
+        """Reads the near-duplicates of all shards."""
+        self._earlier: dict[str, str] = {}
+        for path in self._found:
+            self._earlier |= json.loads(path.read_text("utf-8"))
+
+    def process(self, part: str) -> Iterator[None]:
         """Writes the part; yields nothing."""
-        part, grouped = element
-        twins = dict(grouped["twins"])
-        rows = read_rows(self._before / part)
-        dropped = (row.drop("duplicate", twins[row.qid]) if row.qid in twins else row for row in rows)
+        earlier, rows = self._earlier, read_rows(self._before / part)
+        dropped = (row.drop("duplicate", earlier[row.qid]) if row.qid in earlier else row for row in rows)
         write_lines(self._after / part, map(dump, dropped))
         yield from ()
 
 
-def _filter(build: Build, parts: list[str]) -> None:
+def _filter(build: Build, parts: list[str], todo: list[str]) -> None:
+    """Judges, compares and drops, through files: a shuffle by Beam would hold all rows in one machine's memory."""
     before, after = neighbours(build, "filter")
-    with build.pipeline() as pipeline:
-        names = pipeline | beam.Create(parts)
-        twins = (
-            names
-            | beam.Reshuffle()
-            | "judge" >> beam.ParDo(JudgePart(build, before, after / "judged"))
-            | beam.GroupByKey()
-            | "near duplicates" >> beam.FlatMap(_duplicates, build.config.filters)
-        )
-        marked = {"parts": names | beam.Map(lambda name: (name, None)), "twins": twins} | beam.CoGroupByKey()
-        _ = marked | "drop" >> beam.ParDo(DropPart(after / "judged", after))
+    judged = after / "judged"
+    compare = CompareShard(build, parts, judged)
+    shards = list(range(compare.shards))
+    _each(build, "judge", parts, JudgePart(build, before, judged))
+    _each(build, "compare", shards, compare)
+    _each(build, "drop", todo, DropPart(list(map(compare.file, shards)), judged, after))
 
 
 # Running --------------------------------------------------------------------------------------
+
+
+def _each(build: Build, label: str, elements: list[Any], work: beam.DoFn) -> None:
+    """Has the workers of a runner do one thing with each element; returns when all is done."""
+    with build.pipeline() as pipeline:
+        _ = pipeline | beam.Create(elements) | beam.Reshuffle() | label >> beam.ParDo(work)
 
 
 def read_source(build: Build) -> list[str]:
@@ -278,12 +302,11 @@ def run_stage(build: Build, stage: str, parts: list[str]) -> int:
     need_stage_before(build, stage, parts)
     todo = missing_parts(build, stage, parts)
     if todo and stage == "filter":
-        _filter(build, parts)
+        _filter(build, parts, todo)
     elif todo:
         model = make_stage(stage, build.config, build.release).model()
         open_teacher(build, model).close()  # what is wrong with it is said plainly here; by Beam, in a traceback
-        with build.pipeline() as pipeline:
-            _ = pipeline | beam.Create(todo) | beam.Reshuffle() | stage >> beam.ParDo(AskPart(build, stage))
+        _each(build, stage, todo, AskPart(build, stage))
     if left := missing_parts(build, stage, parts):
         raise UnfinishedError(_unanswered(folders(build)[stage], stage, left))
     return len(todo)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from trace_jax.cot.config import CotConfig
 from trace_jax.cot.schema import Row, chosen, dump, order, write_lines
-from trace_jax.data.builders import mbeir
-from trace_jax.data.builders.mbeir import QueryRecord, ReleaseError
+from trace_jax.data.builders import layout
+from trace_jax.data.builders.layout import QueryRecord, ReleaseError
 from trace_jax.data.schema import TASKS
 
 
@@ -36,30 +36,30 @@ def dataset_name(path: Path) -> str:
     return found[1]
 
 
-def _present(release: Path) -> mbeir.Picture:
+def _present(release: Path) -> layout.Picture:
     """Asks for a picture to be there, and reads nothing of it: the stages that show it will."""
 
     @functools.cache
     def there(relative: str) -> bool:
         return (release / relative).is_file()
 
-    def look(relative: str | None, where: str) -> bytes:
-        if relative and not there(relative):
+    def look(relative: str, where: str) -> bytes:
+        if not there(relative):
             raise ReleaseError(f"{where}: no picture {relative!r} under {release}; unpack mbeir_images there")
-        return b"there" if relative else b""
+        return b""
 
     return look
 
 
-def _queries(release: Path, limit: int, picture: mbeir.Picture) -> Iterator[tuple[str, str, QueryRecord, str]]:
+def _queries(release: Path, limit: int, picture: layout.Picture) -> Iterator[tuple[str, str, QueryRecord, str]]:
     """(data set, where, query, path of its picture) of every training query, once; of each file the first `limit`, 0
     for all.
     """
     seen: set[str] = set()
     for path in query_files(release):
         taken = 0
-        for where, record in mbeir.lines(path):
-            query = mbeir.read_query(where, record, {}, picture)
+        for where, record in layout.lines(path):
+            query = layout.read_query(where, record, {}, picture)
             if query["task_id"] not in TASKS:
                 raise ReleaseError(f"{where}: task_id is {query['task_id']}; there are {', '.join(map(str, TASKS))}")
             if isinstance(record.get("query_img_path"), list):
@@ -76,18 +76,18 @@ def _queries(release: Path, limit: int, picture: mbeir.Picture) -> Iterator[tupl
 
 
 def _pools(release: Path) -> list[Path]:
-    union = release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+    union = release / f"cand_pool/global/{layout.TRAIN_POOL}.jsonl"
     return [*([union] if union.exists() else []), *sorted((release / "cand_pool/local").glob("*.jsonl"))]
 
 
-def _candidates(pools: list[Path], dids: set[str], picture: mbeir.Picture) -> dict[str, _Candidate]:
+def _candidates(pools: list[Path], dids: set[str], picture: layout.Picture) -> dict[str, _Candidate]:
     found: dict[str, _Candidate] = {}
     for path in pools:
         if len(found) == len(dids):
             break
-        for where, record in mbeir.lines(path):
+        for where, record in layout.lines(path):
             if record.get("did") in dids:
-                read = mbeir.read_candidate(where, record, picture)
+                read = layout.read_candidate(where, record, picture)
                 found[read["did"]] = _Candidate(read["txt"], record.get("img_path") or "", read["modality"])
     return found
 
@@ -96,7 +96,7 @@ def _captions(pools: list[Path], images: set[str]) -> dict[str, str]:
     """Picture -> the first text that a pool holds beside it."""
     found: dict[str, str] = {}
     for path in pools:
-        for _, record in mbeir.lines(path):
+        for _, record in layout.lines(path):
             image, text = record.get("img_path"), record.get("txt")
             if text and image in images:
                 found.setdefault(image, text)
@@ -131,7 +131,7 @@ def read(release: Path, config: CotConfig, folder: Path) -> list[str]:
     candidates = _candidates(pools, dids, picture)
     pictures |= {candidate.image for candidate in candidates.values()}
     captions = _captions(pools, pictures - {""})
-    instructions = mbeir.read_instructions(release)
+    instructions = layout.load_instructions(release)
     stems: dict[str, list[Row]] = {}
     controls: dict[str, list[str]] = {}
     for dataset, where, query, image in _queries(release, config.limit, picture):

@@ -15,7 +15,7 @@ from typing import Protocol
 from trace_jax.cot.cache import Answer, Cache
 from trace_jax.cot.client import Client, Request, StoppedError, TransientError, key_of
 from trace_jax.cot.config import Budget, Teacher
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,12 +172,12 @@ class MetadataTeacher:
     """Answers from the release's own traces (cot/) and qrels."""
 
     def __init__(self, release: Path) -> None:
-        self._traces = mbeir.load_traces(release, "train")
+        self._traces = layout.load_traces(release, "train")
         self._right: dict[str, set[str]] = {}
         for path in sorted((release / "qrels/train").glob("*.txt")):
-            self._right |= mbeir.load_qrels(path)
+            self._right |= layout.load_qrels(path)
         if not self._traces or not self._right:
-            raise mbeir.ReleaseError(
+            raise layout.ReleaseError(
                 f"{release}: no traces in cot/train or no qrels/train, so its metadata cannot teach; choose kind openai"
             )
 
@@ -188,7 +188,7 @@ class MetadataTeacher:
         return future
 
     def _text(self, request: Request) -> str:
-        trace = self._traces.get(request.qid, mbeir.SIMPLE)
+        trace = self._traces.get(request.qid, layout.SIMPLE)
         if request.stage == "assess":
             reason = "It has a trace." if trace["complex"] else "It has none."
             return json.dumps({"complex": trace["complex"], "reason": reason})

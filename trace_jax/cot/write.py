@@ -42,7 +42,7 @@ _MADE = ("train", "union_train")
 
 
 def trace_line(row: Row) -> str:
-    """A line of cot/, as `mbeir.load_traces` reads it: texts are empty where the query is simple."""
+    """A line of cot/, as `layout.load_traces` reads it: texts are empty where the query is simple."""
     trace = {"qid": row.qid, "complex": row.complex, "reasoning": row.reasoning, "answer": row.answer}
     return json.dumps(trace, ensure_ascii=False)
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from trace_jax.config import Config
 from trace_jax.data import augmentation, instructions
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.processor import Sequence, first_fit, pack, stack_shards, unique_images
 from trace_jax.data.schema import TASKS, Batch, Document, Example, Query, placed
 from trace_jax.data.tokenizer import Processor, append
@@ -89,7 +89,7 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
     queries = [mbeir.load_queries(folder, file) for file in files]
     candidates = _Joined([mbeir.load_candidates(folder, pool) for pool in pools])
     place = {did: row for row, did in enumerate(candidates.keys)}
-    prompts = mbeir.load_instructions(folder)
+    prompts = layout.load_instructions(folder / "release")
 
     def trace(record: Any, which: str) -> str:
         return " ".join(record[part] for part in TRACE_PARTS[which]).strip()
@@ -118,9 +118,9 @@ def retrieval_examples(config: Config, split: str, seed: int) -> dict[str, grain
             target=trace(record, config.data.trace),
             task=record["task_id"],
             query_key=_query_key(record),
-            document_key=mbeir.hash_did(did),
-            positives=tuple(mbeir.hash_did(positive) for positive in record["pos_dids"]),
-            negatives=tuple((document(str(negative)), mbeir.hash_did(negative)) for negative in negatives),
+            document_key=layout.hash_did(did),
+            positives=tuple(layout.hash_did(positive) for positive in record["pos_dids"]),
+            negatives=tuple((document(str(negative)), layout.hash_did(negative)) for negative in negatives),
             document_targets=tuple(said.get(str(each), "") for each in (did, *negatives)) if said else (),
             name=record["qid"],
         )
@@ -141,14 +141,14 @@ def _query_key(record: Any) -> int:
     return int.from_bytes(digest.digest()[:4], "little") >> 1
 
 
-def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, mbeir.Trace]:
+def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, layout.Trace]:
     """Did -> trace of the pictures that a split's text → image queries name: the first such text is the answer, the
     others are the reasoning. What no query names is not there, and learns to emit <|emb|> at once.
     """
     texts: dict[str, dict[str, None]] = {}
-    for path, own in mbeir.query_files(folder / "release").values():
-        for where, record in mbeir.lines(path) if own == split else ():
-            query = mbeir.read_query(where, record, {}, lambda relative, _: b"there" if relative else b"")
+    for path, own in layout.query_files(folder / "release").values():
+        for where, record in layout.lines(path) if own == split else ():
+            query = layout.read_query(where, record, {}, lambda *_: b"")
             if TASKS.get(query["task_id"]) == "t2i":
                 for did in query["pos_dids"]:
                     texts.setdefault(did, {})[instructions.format_string(query["query_txt"])] = None
@@ -159,11 +159,11 @@ def candidate_traces(folder: pathlib.Path, split: str) -> dict[str, mbeir.Trace]
 def _files(folder: pathlib.Path, split: str) -> tuple[list[str], list[str]]:
     """The query files of a split, and the pools that hold their candidates."""
     if split == "train":
-        return [split], [mbeir.TRAIN_POOL]
+        return [split], [layout.TRAIN_POOL]
     files = sorted(path.stem for path in (folder / "release" / "query" / split).glob("*.jsonl"))
     if not files:
         raise ValueError(f"{folder}: the release has no queries of the split {split!r}; set validate_every to 0")
-    return files, sorted({mbeir.local_pool(folder / "release", file).stem for file in files})
+    return files, sorted({layout.local_pool(folder / "release", file).stem for file in files})
 
 
 def generative_examples(config: Config, split: str, seed: int) -> dict[str, grain.MapDataset]:

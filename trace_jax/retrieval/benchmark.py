@@ -9,22 +9,21 @@ search, "global_val" likewise.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from trace_jax.config import Config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout, mbeir
 from trace_jax.data.schema import TASKS, Document, Query, placed
 
 SPLITS = ("val", "test")
 POOLS = ("local", "global")
 PROMPTS = 4  # M-BEIR's, for each data set and task
-_FILE = re.compile(r"mbeir_(?P<dataset>\w+)_task(?P<task>\d)_(?P<split>val|test)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +70,6 @@ class Labelled:
         return [f"{reasoning} {answer}".strip() for reasoning, answer in pairs]
 
 
-def did_of(number: int) -> str:
-    """The did of M-BEIR's integer; the inverse of `mbeir.hash_did`."""
-    return f"{number // mbeir.DIDS}:{number % mbeir.DIDS}"
-
-
 class Benchmark:
     """The evaluation side of `<root>/<release>`. Raises FileNotFoundError when its records are not built."""
 
@@ -88,10 +82,12 @@ class Benchmark:
                 f"no release in {self.folder}: run `python launch/build_data.py {self.name}` first"
                 " (or launch/prepare_data.py for a release that is not the emoji's)"
             )
-        self.trained = {
+        self._trained = {
             path.stem.removeprefix("mbeir_").removesuffix("_train")
             for path in (release / "query" / "train").glob("*.jsonl")
         }
+        # Where all training queries are in the union alone, no file says of which data sets they are: of all.
+        self._trains_all = not self._trained and "train" in layout.query_files(release)
         self.query_sets = tuple(
             query_set
             for split in SPLITS
@@ -100,19 +96,28 @@ class Benchmark:
         )
 
     def _query_set(self, stem: str) -> QuerySet | None:
-        match = _FILE.fullmatch(stem)
+        match = layout.QUERY_FILE.fullmatch(stem)
         if match is None:
             return None
         dataset, task, split = match["dataset"], int(match["task"]), match["split"]
-        pool = mbeir.local_pool(self.folder / "release", stem)
+        pool = layout.local_pool(self.folder / "release", stem)
         if not pool.exists():
             raise FileNotFoundError(f"{self.folder}: no pool {pool.stem} for the queries {stem}")
-        return QuerySet(stem, dataset, task, split, pool.stem, dataset in self.trained)
+        trained = self._trains_all or dataset in self._trained
+        return QuerySet(stem, dataset, task, split, pool.stem, trained)
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A digest of what the records, of queries and candidates, were built from."""
         return json.loads((self.folder / "records" / "stamp.json").read_text("utf-8"))["fingerprint"]
+
+    @functools.cached_property
+    def qrels_digest(self) -> str:
+        """A digest of all right answers: they are read as they are, and are no part of the records."""
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / "release/qrels").glob("*/*.txt")):
+            digest.update(f"{path.parent.name}/{path.name}".encode() + path.read_bytes())
+        return digest.hexdigest()
 
     # ---- candidates --------------------------------------------------------------------------------------
 
@@ -130,13 +135,13 @@ class Benchmark:
         """Every pool that is searched: the local ones, then the global one of each split that has queries."""
         return self.searched_pools + tuple(sorted({query_set.global_pool for query_set in self.query_sets}))
 
-    def source(self, pool: str) -> mbeir.Source[mbeir.CandidateRecord]:
+    def source(self, pool: str) -> mbeir.Source[layout.CandidateRecord]:
         """The records of a local pool, in the file's order."""
         return mbeir.load_candidates(self.folder, pool)
 
     def local_ids(self, pool: str) -> np.ndarray:
         """The dids of a local pool as integers, in the file's order: [n] int64."""
-        return np.fromiter((mbeir.hash_did(did) for did in self.source(pool).keys), np.int64)
+        return np.fromiter((layout.hash_did(did) for did in self.source(pool).keys), np.int64)
 
     def ids(self, pool: str) -> np.ndarray:
         """The dids of a local or global pool as integers, ascending, each once: [n] int64.
@@ -161,8 +166,8 @@ class Benchmark:
 
     @functools.cached_property
     def instructions(self) -> dict[tuple[int, str, str], list[str]]:
-        """The prompts of each data set and task, as `mbeir.load_instructions` has them."""
-        return mbeir.load_instructions(self.folder)
+        """The prompts of each data set and task, as `layout.load_instructions` has them."""
+        return layout.load_instructions(self.folder / "release")
 
     def instruction(self, task_id: int, dataset_id: int | None = None, prompt: int = 0) -> str:
         """A prompt of a task, the first unless told: evaluation is deterministic, where M-BEIR draws one of four.
@@ -170,7 +175,7 @@ class Benchmark:
         `dataset_id` defaults to the first data set that has the task. Raises ValueError when none does, or where it has
         fewer prompts.
         """
-        source, target = (mbeir.SIDES[side] for side in TASKS[task_id].split("2"))
+        source, target = (layout.SIDES[side] for side in TASKS[task_id].split("2"))
         for (dataset, query, candidate), prompts in self.instructions.items():
             if (query, candidate) == (source, target) and dataset_id in (None, dataset) and prompt < len(prompts):
                 return prompts[prompt]
@@ -182,7 +187,7 @@ class Benchmark:
     @functools.cached_property
     def _traced(self) -> dict[str, frozenset[str]]:
         """Of each split the qids that cot/ calls simple or complex."""
-        return {split: frozenset(mbeir.load_traces(self.folder / "release", split)) for split in SPLITS}
+        return {split: frozenset(layout.load_traces(self.folder / "release", split)) for split in SPLITS}
 
     def count(self, query_set: QuerySet) -> int:
         """The number of queries of a file that are asked, without reading them."""
@@ -203,6 +208,8 @@ class Benchmark:
             for query_set in self.query_sets
             if query_set.split in splits
         }
+        if not found:
+            raise ValueError(f"{self.name} has no query files of {' or '.join(splits)}")
         known = set().union(*found.values())
         for task in tasks:
             if task not in known:
@@ -217,11 +224,11 @@ class Benchmark:
         source = mbeir.load_queries(self.folder, query_set.stem)
         records = [source[row] for row in self._rows(len(source))]
         path = self.folder / "release" / "qrels" / query_set.split / f"{query_set.stem}_qrels.txt"
-        judged = mbeir.load_judged(path) if path.exists() else {}  # a server may keep the answers to itself
+        judged = layout.load_judged(path) if path.exists() else {}  # a server may keep the answers to itself
 
         def of(wanted: Callable[[int], bool]) -> list[frozenset[int]]:
             dids = [judged.get(record["qid"], {}) for record in records]
-            return [frozenset(mbeir.hash_did(did) for did in each if wanted(each[did])) for each in dids]
+            return [frozenset(layout.hash_did(did) for did in each if wanted(each[did])) for each in dids]
 
         limited = any(0 in dids.values() for dids in judged.values())  # only then are wrong answers listed
         return Labelled(
@@ -243,7 +250,7 @@ class Benchmark:
         asked = self._rows(len(source))
         return [self._query(query_set, source[row]) for row in asked[:: math.ceil(len(asked) / count)]]
 
-    def _query(self, query_set: QuerySet, record: mbeir.QueryRecord, prompt: int = 0) -> Query:
+    def _query(self, query_set: QuerySet, record: layout.QueryRecord, prompt: int = 0) -> Query:
         images = placed(record["query_txt"], record["images"])
         return Query(record["query_txt"], images, self.instruction(query_set.task_id, record["dataset_id"], prompt))
 

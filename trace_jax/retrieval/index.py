@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from trace_jax import sharding
 from trace_jax.config import Config
+from trace_jax.data.builders.layout import did_of
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, did_of
+from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.pools import CandidateVectors, Vectors
 
 EXACT_BELOW = 20_000

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from trace_jax import sharding
 from trace_jax.config import Config
+from trace_jax.data.builders.layout import did_of
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, did_of
+from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever, cut_key, cut_vectors
 
 SHARD = 512  # candidates of a file, and what is decoded at once

@@ -22,8 +22,11 @@ from trace_jax.training.checkpoint import CheckpointError
 
 
 def _several(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
-    return tuple(part for part in text.split(",") if part)
+    """Names with commas between, at least one."""
+    names = tuple(part for part in text.split(",") if part)
+    if not names:
+        raise argparse.ArgumentTypeError("name at least one")
+    return names
 
 
 def _among(*known: str) -> Callable[[str], tuple[str, ...]]:

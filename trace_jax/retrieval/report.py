@@ -14,20 +14,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jinja2
-import matplotlib as mpl
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 from PIL import Image
 
 from trace_jax.config import Config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet, did_of
+from trace_jax.retrieval.benchmark import Benchmark, Labelled, QuerySet
 from trace_jax.retrieval.embedder import Encoded
 from trace_jax.retrieval.evaluation import is_right, load_results, metrics_path, run_file
+from trace_jax.retrieval.plots import curves, points
 from trace_jax.retrieval.tables import write_tables
 from trace_jax.training.metrics import read_metrics
 
@@ -45,12 +44,6 @@ TASK_TITLES = {
     "it2i": "image and change → image",
     "it2it": "image and text → image with text",
 }
-CURVES = (
-    ("Losses", (("loss_gen", "generation"), ("loss_ret", "retrieval")), None),
-    ("Recall in the batch", (("recall_in_batch", "right document first"),), (0, 1)),
-    ("Routing", (("emb_first", "<|emb|> first"), ("routing_accuracy", "as labelled")), (0, 1)),
-)
-COLOURS = ("#4c7ee8", "#e07b39")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +98,7 @@ class Examples:
         self._found: dict[str, list[tuple[int, float]]] = {}
         for line in run_file(config, query_set, config.evaluation.mode, "local").read_text().splitlines():
             qid, _, did, _, score, *_ = line.split()
-            self._found.setdefault(qid, []).append((mbeir.hash_did(did), float(score)))
+            self._found.setdefault(qid, []).append((layout.hash_did(did), float(score)))
         self.order = sorted(range(len(labelled.qids)), key=lambda i: hashlib.sha256(labelled.qids[i].encode()).digest())
 
     def rank(self, query: int) -> int | None:
@@ -143,7 +136,7 @@ class Examples:
 
     def _tile(self, did: int, score: float | None, right: bool) -> Tile:
         document = self._document(did)
-        return Tile(did_of(did), document.text, data_uri(document.image), score, right)
+        return Tile(layout.did_of(did), document.text, data_uri(document.image), score, right)
 
     def _document(self, did: int) -> Document:
         candidates = self._benchmark.candidates
@@ -159,41 +152,6 @@ def data_uri(image: bytes | None) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=88)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def curves(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The training curves as inline SVG, from the rows of metrics.jsonl; none for fewer than two rows."""
-    drawn = []
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "trace",
-        "font.size": 9,
-        "axes.edgecolor": "#8a8f98",
-        "text.color": "#8a8f98",
-        "axes.labelcolor": "#8a8f98",
-        "xtick.color": "#8a8f98",
-        "ytick.color": "#8a8f98",
-    }
-    for title, lines, limits in CURVES:
-        present = [(name, label) for name, label in lines if any(name in row for row in rows)]
-        if len(rows) < 2 or not present:
-            continue
-        with mpl.rc_context(style):
-            figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-            axes = figure.add_subplot()
-            for (name, label), colour in zip(present, COLOURS, strict=False):
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=label)
-            axes.set_title(title, fontsize=10, loc="left")
-            axes.set_xlabel("step")
-            axes.set_ylim(*(limits or (0,)))
-            axes.grid(alpha=0.25, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8, labelcolor="#8a8f98")
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        drawn.append(buffer.getvalue()[buffer.getvalue().index("<svg") :])
-    return drawn
 
 
 def examples_of(config: Config, benchmark: Benchmark, query_set: QuerySet, key: str) -> Examples:
@@ -286,7 +244,7 @@ def write_report(config: Config, benchmark: Benchmark, compare: Sequence[tuple[s
                 metrics["checkpoint"]["queries_key"],
                 [stem for stem, entry in metrics["files"].items() if entry["local"]],
             ),
-            "tables": write_tables(config, metrics),
+            "tables": [(table, points(table)) for table in write_tables(config, metrics)],
             "candidates": len(benchmark.candidates),
             "licences": licences.read_text(encoding="utf-8") if licences.exists() else "",
         }

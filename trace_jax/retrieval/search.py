@@ -13,11 +13,11 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from trace_jax.config import Config
-from trace_jax.data.builders import mbeir
+from trace_jax.data.builders import layout
 from trace_jax.data.processor import open_image
 from trace_jax.data.schema import TASKS, Document, Query
 from trace_jax.retrieval import artifacts
-from trace_jax.retrieval.benchmark import Benchmark, did_of
+from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import Mode
 from trace_jax.retrieval.index import open_index
@@ -101,7 +101,7 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
     rows, scores = index.search(results.embeddings, top)
     candidates = benchmark.candidates
     hits = [
-        Hit(did_of(did), float(score), candidates.document(int(candidates.rows(np.array([did]))[0])))
+        Hit(layout.did_of(did), float(score), candidates.document(int(candidates.rows(np.array([did]))[0])))
         for did, score in zip(index.ids[rows[0]].tolist(), scores[0], strict=True)
         if np.isfinite(score)  # an approximate index may find fewer
     ]
@@ -111,7 +111,7 @@ def search(config: Config, query: Query, *, pool: str | None = None, top: int = 
 def to_json(config: Config, answer: Answer) -> dict[str, Any]:
     """An answer as plain JSON values; `image` is the path of a result's picture in the release, null for a text."""
     benchmark = Benchmark(config)
-    pools = {mbeir.local_pool(benchmark.folder / "release", each.stem) for each in benchmark.query_sets}
+    pools = {layout.local_pool(benchmark.folder / "release", each.stem) for each in benchmark.query_sets}
     wanted, paths = {hit.did for hit in answer.hits if hit.document.image}, {}
     for pool in sorted(pools):
         with pool.open() as lines:

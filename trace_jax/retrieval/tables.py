@@ -34,11 +34,17 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of figures under names of columns."""
+    """Rows of figures under names of columns: those of others, then those of a run."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    published: tuple[Row, ...]
+    measured: tuple[Row, ...]
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All of them."""
+        return self.published + self.measured
 
     @property
     def cells(self) -> list[list[str]]:
@@ -128,8 +134,7 @@ def table(which: str, metrics: dict[str, Any], name: str, scope: str = "local") 
         for other in published["rows"]
     )
     title = published["title"] if scope == "local" else published["title"].replace("local pools", "global pool")
-    rows = (*others, *ours) if scope == "local" else ours
-    return Table(title, tuple(column["name"] for column in columns), rows)
+    return Table(title, tuple(column["name"] for column in columns), others if scope == "local" else (), ours)
 
 
 def table1_average(files: dict[str, Any], scope: str) -> float | None:

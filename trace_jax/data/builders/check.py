@@ -24,8 +24,8 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from trace_jax.data.builders import mbeir
-from trace_jax.data.builders.mbeir import ReleaseError
+from trace_jax.data.builders import layout, mbeir
+from trace_jax.data.builders.layout import ReleaseError
 from trace_jax.data.processor import decode_image
 from trace_jax.data.schema import TASKS
 
@@ -56,6 +56,8 @@ COLUMNS = (*DROPPED, *COUNTED, "malformed", *NOTES)
 SHOWN = 5  # problems of a kind that are written out for a file
 WAITING = 4096  # pictures that are read or waited for at once
 
+_KINDS = ("", *layout.SIDES.values())
+"""Modalities by number, as in `_Read`: what is wanted of a training query's right answer, and "" where nothing is."""
 _ASKED = {"train": ("union_train", "train"), "val": ("val",), "test": ("test",)}
 """Of a folder of cot/, the folders of query/ whose queries its traces are of."""
 
@@ -143,45 +145,51 @@ def check(
 
 
 def _check_files(report: Report, complete: bool) -> None:
-    """Adds a row for each file that is missing."""
+    """Adds a row for each file that is missing, or that nothing would read."""
     release = report.release
+
+    def fault(path: Path, message: str) -> None:
+        row = Row(str(path.relative_to(release)))
+        row.add("malformed", f"{path}: {message}")
+        report.rows.append(row)
 
     def require(name: str, why: str) -> None:
         path = release / name
         if not path.exists() or not path.stat().st_size:
-            state = "is empty" if path.exists() else "is missing"
-            row = Row(name)
-            row.add("malformed", f"{path}: {state}; {why}: fetch it again")
-            report.rows.append(row)
+            fault(path, f"{'is empty' if path.exists() else 'is missing'}; {why}: fetch it again")
 
     require(_INSTRUCTIONS, "queries are asked with its prompts")
     if complete:
         for file in _published_files():
             require(file, "it is part of M-BEIR")
-        return
-    if not mbeir.query_files(release) or not mbeir.pool_files(release):
+    elif not layout.query_files(release) or not layout.pool_files(release):
         require("query/test or query/union_train", "a release has queries, in .jsonl files")
         require("cand_pool/local", "a release has pools, in .jsonl files")
-    for _, (path, split) in mbeir.query_files(release).items():
-        if split != "train":
+    for path, split in layout.query_files(release).values():
+        named = layout.QUERY_FILE.fullmatch(path.stem)
+        if split != "train" and (named is None or named["split"] != split):
+            fault(path, f"is not read; rename it to mbeir_<data set>_task<number>_{split}.jsonl")
+        elif complete:
+            continue
+        elif split == "train":
+            require(f"cand_pool/global/{layout.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
+        else:
             qrels = f"qrels/{split}/{path.stem}_qrels.txt"
             if (release / qrels).exists() or not _hides_answers(path):
                 require(qrels, f"the right answers of {path.name} are there")
-            pool = mbeir.local_pool(release, path.stem)
+            pool = layout.local_pool(release, path.stem)
             if not pool.exists():
                 require(str(pool.relative_to(release)), f"{path.name} is searched in it")
-        else:
-            require(f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl", f"the right answers of {path.name} are in it")
 
 
 def _hides_answers(path: Path) -> bool:
     """Whether a query file leaves its right answers to a server: its first query names none."""
-    return not any(record.get("pos_cand_list") for _, record in itertools.islice(mbeir.lines(path), 1))
+    return not any(record.get("pos_cand_list") for _, record in itertools.islice(layout.lines(path), 1))
 
 
 def _published_files() -> Iterator[str]:
     yield "query/union_train/mbeir_union_up_train.jsonl"
-    yield f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"
+    yield f"cand_pool/global/{layout.TRAIN_POOL}.jsonl"
     yield from (f"query/train/mbeir_{dataset}_train.jsonl" for dataset in dict.fromkeys(d for d, _ in PUBLISHED))
     for dataset, task in PUBLISHED:
         stem = f"mbeir_{dataset}_task{task}"
@@ -214,7 +222,8 @@ class _Read:
     path: Path
     ids: np.ndarray  # [n] int64: dids of a pool, qids of a query file
     pictures: dict[str, int]  # path -> the line that names it first
-    named: np.ndarray  # [m, 2] int64: (did, line) of every candidate that a query file names
+    named: np.ndarray  # [m, 3] int64: (did, line, wanted) of every candidate that a query file names
+    kinds: np.ndarray  # [n] int8: of each candidate of a pool, the place of its modality among _KINDS
 
 
 class _Check:
@@ -222,18 +231,18 @@ class _Check:
         self.report, self.kept, self.images, self.complete, self.notes = report, kept, images, complete, notes
         self.release = report.release
         self.prompts: dict[tuple[int, str, str], list[str]] = {}
-        self.home = self.release / f"cand_pool/global/{mbeir.TRAIN_POOL}.jsonl"  # of what training queries name
+        self.home = self.release / f"cand_pool/global/{layout.TRAIN_POOL}.jsonl"  # of what training queries name
 
     def run(self) -> None:
         row = self._row(self.release / _INSTRUCTIONS)
         try:
-            self.prompts = mbeir.read_instructions(self.release)
+            self.prompts = layout.load_instructions(self.release)
         except ReleaseError as error:
             row.add("malformed", str(error))
             return
         row.records = len(self.prompts)
-        pools = {path: self._read(path) for path in mbeir.pool_files(self.release).values()}
-        queries = {path: self._read(path, split) for path, split in mbeir.query_files(self.release).values()}
+        pools = {path: self._read(path) for path in layout.pool_files(self.release).values()}
+        queries = {path: self._read(path, split) for path, split in layout.query_files(self.release).values()}
         queries |= {path: self._read(path, "train") for path in sorted((self.release / "query/train").glob("*.jsonl"))}
         traces = self._read_traces()
         if self.report.problems:
@@ -257,35 +266,37 @@ class _Check:
     def _read(self, path: Path, split: str = "") -> _Read:
         """Reads a pool, or the query file of a split."""
         row, pictures, seen = self._row(path), {}, {}
-        ids, named = array.array("q"), array.array("q")  # a file may name millions
+        ids, named, kinds = array.array("q"), array.array("q"), array.array("b")  # a file may name millions
         at = 0
 
-        def note(relative: str | None, _: str) -> bytes:
-            if relative:
-                pictures.setdefault(relative, at)
-            return b"there" if relative else b""
+        def note(relative: str, _: str) -> bytes:
+            pictures.setdefault(relative, at)
+            return b""
 
         def take(where: str, record: dict[str, Any]) -> str:
             if not split:
-                shown = mbeir.read_candidate(where, record, note)["did"]
-                ids.append(mbeir.hash_did(shown))
-                return shown
-            query = mbeir.read_query(where, record, {}, note)
-            self._check_query(where, query, path, split)
-            ids.append(mbeir.hash_qid(query["qid"]))
-            for did in query["pos_dids"] + query["neg_dids"]:
-                named.extend((mbeir.hash_did(did), at))
+                candidate = layout.read_candidate(where, record, note)
+                ids.append(layout.hash_did(candidate["did"]))
+                kinds.append(_KINDS.index(candidate["modality"]))
+                return candidate["did"]
+            query = layout.read_query(where, record, {}, note)
+            target = self._check_query(where, query, path, split)
+            ids.append(layout.hash_qid(query["qid"]))
+            for wanted, dids in ((target if split == "train" else "", query["pos_dids"]), ("", query["neg_dids"])):
+                for did in dids:
+                    named.extend((layout.hash_did(did), at, _KINDS.index(wanted)))
             return query["qid"]
 
         try:
-            for at, (where, record) in enumerate(mbeir.lines(path), start=1):
+            for at, (where, record) in enumerate(layout.lines(path), start=1):
                 row.records += 1
                 try:
                     shown = take(where, record)
-                except mbeir.EmptyError as error:
+                except layout.EmptyError as error:
                     row.add("empty", str(error))
                     # Left out or not, what names it is right to do so.
-                    ids.append(mbeir.hash_qid(record["qid"]) if split else mbeir.hash_did(record["did"]))
+                    ids.append(layout.hash_qid(record["qid"]) if split else layout.hash_did(record["did"]))
+                    kinds.append(0)
                     if "empty" in self.notes:
                         self._drop(path, at, record, "has no text or no picture")
                     continue
@@ -299,17 +310,17 @@ class _Check:
             row.add("malformed", str(error))
         if not row.records and not row.problems:
             row.add("malformed", f"{path}: holds no records; fetch it again")
-        pairs = np.array(named, np.int64).reshape(-1, 2)
-        return _Read(row, path, np.array(ids, np.int64), pictures, pairs)
+        triples = np.array(named, np.int64).reshape(-1, 3)
+        return _Read(row, path, np.array(ids, np.int64), pictures, triples, np.array(kinds, np.int8))
 
-    def _check_query(self, where: str, query: mbeir.QueryRecord, path: Path, split: str) -> None:
-        """What a query file's name and the instructions say of each of its queries."""
+    def _check_query(self, where: str, query: layout.QueryRecord, path: Path, split: str) -> str:
+        """What a query file's name and the instructions say of each of its queries; returns what its task asks for."""
         match, task = _STEM.fullmatch(path.stem), query["task_id"]
         if match and int(match[2]) != task:
             raise ReleaseError(f"{where}: task_id is {task}, in a file of task {match[2]}; move the query or mend it")
         if task not in TASKS:
             raise ReleaseError(f"{where}: task_id is {task}, which no data set of M-BEIR has; mend it")
-        source, target = (mbeir.SIDES[side] for side in TASKS[task].split("2"))
+        source, target = (layout.SIDES[side] for side in TASKS[task].split("2"))
         if query["modality"] != source:
             raise ReleaseError(
                 f"{where}: query_modality is {query['modality']!r}, but task {task} asks with {source!r}"
@@ -321,6 +332,7 @@ class _Check:
             )
         if split == "train" and not query["pos_dids"]:
             raise ReleaseError(f"{where}: pos_cand_list is empty; a training query needs a right answer")
+        return target
 
     def _read_traces(self) -> list[_Read]:
         """Reads the files of cot/; each qid stands once in a split."""
@@ -328,24 +340,26 @@ class _Check:
         seen: dict[tuple[str, str], str] = {}
         for path in sorted([*(self.release / "cot").glob("*.jsonl"), *(self.release / "cot").glob("*/*.jsonl")]):
             row, qids, split = self._row(path), array.array("q"), path.parent.name
-            if split not in _ASKED or not path.match(mbeir.TRACES):
-                expected = f"cot/{{train,val,test}}/{mbeir.TRACES}"
+            if split not in _ASKED or not path.match(layout.TRACES):
+                expected = f"cot/{{train,val,test}}/{layout.TRACES}"
                 row.add("malformed", f"{path}: is not read; traces are in {expected}: rename it")
                 continue
             try:
-                for where, record in mbeir.lines(path):
+                for where, record in layout.lines(path):
                     row.records += 1
                     try:
-                        qid, _ = mbeir.read_trace(where, record)
+                        qid, _ = layout.read_trace(where, record)
                     except ReleaseError as error:
                         row.add("malformed", str(error))
                         continue
-                    qids.append(mbeir.hash_qid(qid))
+                    qids.append(layout.hash_qid(qid))
                     if (first := seen.setdefault((split, qid), where)) != where:
                         row.add("duplicate ids", f"{where}: {qid} has a trace already, in {first}; remove one of them")
             except ReleaseError as error:
                 row.add("malformed", str(error))
-            found.append(_Read(row, path, np.array(qids, np.int64), {}, np.zeros((0, 2), np.int64)))
+            found.append(
+                _Read(row, path, np.array(qids, np.int64), {}, np.zeros((0, 3), np.int64), np.zeros(0, np.int8))
+            )
         return found
 
     # References and pictures ------------------------------------------------------------------
@@ -356,13 +370,28 @@ class _Check:
         for path, read in queries.items():
             trains = path.parent.name in ("train", "union_train")
             known = np.unique(pools[self.home].ids) if trains and self.home in pools else everything
-            for did, line in read.named[~np.isin(read.named[:, 0], known)]:
+            for did, line, _ in read.named[~np.isin(read.named[:, 0], known)]:
                 where = f"in {self.home.name}" if trains else "in any pool"
-                shown = f"{did // mbeir.DIDS}:{did % mbeir.DIDS}"
+                shown = layout.did_of(int(did))
                 read.row.add("dangling ids", f"{path}, line {line}: the candidate {shown} is not {where}; add it there")
-            pool = mbeir.local_pool(self.release, path.stem)
+            if trains and self.home in pools:
+                self._check_answers(read, pools[self.home])
+            pool = layout.local_pool(self.release, path.stem)
             if not trains and pool in pools:
                 self._check_qrels(path, read, pools[pool].ids, anywhere)
+
+    def _check_answers(self, read: _Read, home: _Read) -> None:
+        """A training query is asked with the prompt of its task, so that its right answers are what that asks for."""
+        ids, first = np.unique(home.ids, return_index=True)
+        asked = read.named[(read.named[:, 2] > 0) & np.isin(read.named[:, 0], ids)]
+        kinds = home.kinds[first[np.searchsorted(ids, asked[:, 0])]]
+        for (did, line, wanted), kind in zip(asked, kinds, strict=True):
+            if kind not in (0, wanted):
+                read.row.add(
+                    "malformed",
+                    f"{read.path}, line {line}: the right answer {layout.did_of(int(did))} is {_KINDS[kind]!r}, and the"
+                    f" task asks for {_KINDS[wanted]!r}; mend either",
+                )
 
     def _check_traces(self, traces: list[_Read], queries: dict[Path, _Read]) -> None:
         for split, folders in _ASKED.items():
@@ -373,7 +402,7 @@ class _Check:
                 lost = ~np.isin(read.ids, known)
                 joined += int((~lost).sum())
                 for at in np.flatnonzero(lost):
-                    qid = f"{read.ids[at] // mbeir.QIDS}:{read.ids[at] % mbeir.QIDS}"
+                    qid = layout.qid_of(int(read.ids[at]))
                     where = f"{read.path}, line {at + 1}"
                     read.row.add("dangling ids", f"{where}: the query {qid} is not in query/{split}; is it of another?")
             if any(len(read.ids) for read in own) and not joined:
@@ -391,24 +420,24 @@ class _Check:
             return
         row = self._row(qrels)
         try:
-            found = mbeir.load_judged(qrels)
+            found = layout.load_judged(qrels)
         except ReleaseError as error:
             row.add("malformed", str(error))
             return
         row.records = sum(map(len, found.values()))
         asked, here = set(read.ids.tolist()), set(local.tolist())
         for qid, dids in found.items():
-            if mbeir.hash_qid(qid) not in asked:
+            if layout.hash_qid(qid) not in asked:
                 row.add("dangling ids", f"{qrels}: the query {qid} is not in {path}; fetch both again")
             for did in sorted(dids):
-                number = mbeir.hash_did(did)
+                number = layout.hash_did(did)
                 if number not in anywhere:
                     row.add("dangling ids", f"{qrels}: {did}, judged for {qid}, is in no pool; add it to its pool")
                 elif number not in here:
                     row.add("elsewhere")
-        answered = {mbeir.hash_qid(qid) for qid, dids in found.items() if max(dids.values()) > 0}
+        answered = {layout.hash_qid(qid) for qid, dids in found.items() if max(dids.values()) > 0}
         for number in sorted(asked - answered):
-            qid = f"{number // mbeir.QIDS}:{number % mbeir.QIDS}"
+            qid = layout.qid_of(number)
             row.add("dangling ids", f"{qrels}: no right answer for the query {qid} of {path.name}; add one")
 
     def _check_pictures(self, read: _Read) -> None:
@@ -457,7 +486,7 @@ class _Check:
     def _drop_shown(self, read: _Read, bad: dict[str, str]) -> None:
         """Leaves out all that show a bad picture; where that is still a fault, nothing is built at all."""
         before = {drop.line for drop in self.report.dropped if drop.file == read.row.file}
-        for at, (_, record) in enumerate(mbeir.lines(read.path), start=1):
+        for at, (_, record) in enumerate(layout.lines(read.path), start=1):
             paths = record.get("query_img_path") or record.get("img_path") or []
             shown = [path for path in (paths if isinstance(paths, list) else [paths]) if path in bad]
             if shown and at not in before:
@@ -470,9 +499,9 @@ class _Check:
         if not gone or not path.exists():
             return
         before = {drop.line for drop in self.report.dropped if self.release / drop.file == path}
-        for at, (where, record) in enumerate(mbeir.lines(path), start=1):
+        for at, (where, record) in enumerate(layout.lines(path), start=1):
             if at not in before:
-                query = mbeir.read_query(where, record, {}, lambda *_: b"there")
+                query = layout.read_query(where, record, {}, lambda *_: b"")
                 if gone.issuperset(query["pos_dids"]):
                     self._drop(path, at, record, "its right answers are left out")
 
@@ -480,7 +509,7 @@ class _Check:
         """("", "") for a good picture, else its column of the table and what to say of it."""
         try:
             pixels = decode_image((self.images / relative).read_bytes(), "")
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return "missing pictures", f"is not under {self.images}"
         except ValueError as error:
             return "undecodable", f"cannot be decoded ({str(error).removeprefix(': ')})"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trace_jax.data.builders.mbeir import SIDES, ReleaseError, lines
+from trace_jax.data.builders.layout import SIDES, ReleaseError, lines
 from trace_jax.data.schema import MARK, TASKS
 
 CIRCO = "circo"
@@ -293,7 +293,15 @@ def write(name: str, source: Path, release: Path) -> None:
     Raises ReleaseError for a file that is missing or not as released, with the record and the mend.
     """
     first, read = SETS[name]
-    files = read(source)
+    try:
+        files = read(source)
+    except ReleaseError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # of a place that nothing above looks at
+        raise ReleaseError(
+            f"{source}: not as the authors of {name} release it ({type(error).__name__}: {error}); docs/data.md says"
+            " what is expected where"
+        ) from error
     numbers = {dataset: first + i for i, dataset in enumerate(dict.fromkeys(file.dataset for file in files))}
     dids: dict[tuple[int, Content], str] = {}
     asked, prompts = dict.fromkeys(numbers.values(), 0), []
