@@ -184,14 +184,25 @@ def test_limits_that_no_size_keeps_to_are_refused(limits):
         Geometry(min_pixels=limits[0], max_pixels=limits[1])
 
 
-def test_settings_of_another_processor_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"resample": 2}, {"rescale_factor": 1 / 127.5}, {"patch_size": 28}, {"do_resize": False}], ids=str
+)
+@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_of_another_processor_are_refused(tmp_path, layout, change):
     base = ROOT / "trace_jax" / "assets" / "emoji_base"
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
     settings = json.loads((base / "preprocessor_config.json").read_text())
-    for change in ({"resample": 2}, {"rescale_factor": 1 / 127.5}, {"patch_size": 28}, {"do_resize": False}):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
-        with pytest.raises(ValueError, match=rf"preprocessor_config.json: .*{next(iter(change))}.* is not supported"):
-            Geometry.from_hf(tmp_path, min_pixels=784, max_pixels=7840)
+    limits = {"min_pixels": 784, "max_pixels": 7840}
+
+    def write(settings):
+        nested = {"image_processor": settings} if layout == "processor_config.json" else settings
+        (tmp_path / layout).write_text(json.dumps(nested))
+
+    write(settings)
+    assert Geometry.from_hf(tmp_path, **limits) == Geometry.from_hf(base, **limits)
+    write(settings | change)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{next(iter(change))}.* is not supported"):
+        Geometry.from_hf(tmp_path, **limits)
 
 
 def test_sizes_keep_to_the_limits():

@@ -25,7 +25,7 @@ from trace_jax.model.architecture import Architecture, LanguageArchitecture, Vis
 LIMITS = {"vision": 1e-5, "projector": 1e-5, "decoder": 1e-5, "hidden": 1e-4, "logits": 1e-4, "gradient": 1e-3}
 FIXED = range(40)
 QUICK = 4  # seeds of the fast test
-ROWS, ROW_LENGTH = 3, 160  # of text; every draw fits
+ROWS, ROW_LENGTH = 3, 208  # of text; every draw fits
 PATCH_ROWS, PATCH_UNITS = 3, 64
 
 
@@ -38,6 +38,16 @@ class Draw:
     sequences: tuple[Tokens, ...]
     pad_left: bool
     scan: bool
+
+    @property
+    def unit(self) -> int:
+        """Pixels of a visual token's side."""
+        return self.geometry.patch_size * self.geometry.merge_size
+
+    @property
+    def most(self) -> int:
+        """Visual tokens of the largest picture that is no strip."""
+        return self.geometry.max_pixels // self.unit**2
 
     @property
     def packed(self) -> Packed:
@@ -79,6 +89,7 @@ def draw(seed: int) -> Draw:
             patch_size=patch,
             merge_size=merge,
             window_size=window,
+            rope_theta=float(one(100, 10_000)),
         ),
         language=LanguageArchitecture(
             vocab_size=tiny.VOCABULARY,
@@ -105,14 +116,18 @@ def draw(seed: int) -> Draw:
     )
 
     def image() -> tuple[int, int]:
-        """Height and width in pixels: from less than a patch to over the limit, and strips of one row."""
-        kind, strip = rng.random(), int(rng.integers(2, 30)) * unit
+        """Height and width in pixels: from less than a patch to over the limit, and strips of one row, up to what the
+        limit makes of twice its length.
+        """
+        kind, strip = rng.random(), int(rng.integers(2, 61)) * unit
         if kind < 0.2:
             return (unit, strip) if rng.random() < 0.5 else (strip, unit)
         return int(rng.integers(2, 7 * unit)), int(rng.integers(2, 7 * unit))
 
     sequences = tuple(
-        tiny.sequence(int(rng.integers(2**31)), int(rng.integers(1, 16)), [image() for _ in range(images)], geometry)
+        tiny.sequence(
+            int(rng.integers(2**31)), int(rng.integers(images == 0, 16)), [image() for _ in range(images)], geometry
+        )
         for images in rng.choice([0, 0, 1, 1, 2, 3], one(1, 2, 3, 4))
     )
     while True:  # leave out what does not fit into the rows; the first sequence always does
@@ -269,20 +284,35 @@ def compare(seeds, with_gradients, folder, capsys) -> None:
 def test_the_draws_cover_what_the_models_and_their_users_do():
     draws = [draw(seed) for seed in FIXED]
     assert len({one.architecture for one in draws}) == len(draws)
-    images = [(one, image) for one in draws for sequence in one.sequences for image in sequence.images]
-    sides = [one.geometry.window_size // one.geometry.patch_size // one.geometry.merge_size for one, _ in images]
-    grids = [image.grid for _, image in images]
-    blocks = [(one.architecture.vision.depth, len(one.architecture.vision.full_attention_blocks)) for one in draws]
-    assert {len(sequence.images) for one in draws for sequence in one.sequences} == {0, 1, 2, 3}
-    assert {len(one.sequences) for one in draws} == {1, 2, 3, 4}
-    assert any(min(grid) == 1 and max(grid) > 10 for grid in grids)  # strips
-    assert any(max(grid) < side for grid, side in zip(grids, sides, strict=True))  # smaller than a window
-    assert any(grid[0] % side and grid[1] % side for grid, side in zip(grids, sides, strict=True))  # border windows
-    assert any(full == 0 for _, full in blocks) and any(full == depth for depth, full in blocks)
-    assert any(not any(sequence.images for sequence in one.sequences) for one in draws)
-    languages = [one.architecture.language for one in draws]
-    assert len({(one.pad_left, one.scan, one.architecture.language.tie_embeddings) for one in draws}) == 8
+
+    visions, languages = ([getattr(one.architecture, part) for one in draws] for part in ("vision", "language"))
+    assert {vision.depth for vision in visions} == {language.num_layers for language in languages} == {1, 2, 3, 4}
+    assert {vision.num_heads for vision in visions} == {1, 2, 3} and {vision.merge_size for vision in visions} == {2, 3}
+    assert {one.geometry.window_size // one.unit for one in draws} == {1, 2, 3, 4}
+    full = [(np.isin(range(vision.depth), vision.full_attention_blocks)) for vision in visions]
+    assert any(not each.any() for each in full) and any(each.all() for each in full)
+    assert {(each[0], each[-1]) for each in full if len(each) > 2} == {(a, b) for a in (0, 1) for b in (0, 1)}
     assert {language.num_heads // language.num_kv_heads for language in languages} == {1, 2, 4}
+    assert {language.num_kv_heads for language in languages} == {1, 2, 3}
+    assert len({(one.pad_left, one.scan, one.architecture.language.tie_embeddings) for one in draws}) == 8
+
+    images = [(one, image.grid) for one in draws for sequence in one.sequences for image in sequence.images]
+    sides = [(one.geometry.window_size // one.unit, grid) for one, grid in images]
+    assert {len(sequence.images) for one in draws for sequence in one.sequences} == {0, 1, 2, 3}
+    assert any(not any(sequence.images for sequence in one.sequences) for one in draws)
+    for along, across in ((0, 1), (1, 0)):  # strips, over the limit too
+        assert any(grid[across] == 1 and grid[along] > one.most for one, grid in images)
+    assert any(max(grid) < side for side, grid in sides)  # smaller than a window
+    assert any(grid[0] % side and grid[1] % side for side, grid in sides)  # border windows
+    assert any(not (grid[0] % side or grid[1] % side) and side > 1 for side, grid in sides)  # whole windows
+
+    assert {len(one.sequences) for one in draws} == {1, 2, 3, 4}
+    for left in (True, False):  # batches whose sequences are padded
+        assert any(one.pad_left == left and len(set(map(len, one.sequences))) > 2 for one in draws)
+    packed = [one.packed.inputs for one in draws]
+    assert {int(rows.segments.max()) for rows in packed} == {1, 2, 3, 4}  # sequences of a row
+    assert any(rows.segments[1].any() for rows in packed)  # several rows
+    assert max(int(rows.image_segments.max()) for rows in packed) > 4  # images of a row
 
 
 def test_a_few_draws(tmp_path, capsys):

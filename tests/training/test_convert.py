@@ -212,6 +212,26 @@ def test_a_converted_base_serves_the_runs_of_its_source(run, tmp_path):
         np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the older one"])
+def test_a_base_as_transformers_5_saves_it_is_exported_with_the_run_s_limits(run, tmp_path, beside):
+    """Its image processor is a part of processor_config.json, which transformers reads first."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir(), out.mkdir()
+    for file in convert._texts(pathlib.Path(run.model.base)):
+        (base / file.name).write_bytes(file.read_bytes())
+    older = base / "preprocessor_config.json"
+    images = json.loads(older.read_text()) | {"size": {"shortest_edge": 1, "longest_edge": 9}, "image_std": [0.5] * 3}
+    (base / "processor_config.json").write_text(json.dumps({"image_processor": images}))
+    if not beside:
+        older.unlink()
+    config = dataclasses.replace(run, model=dataclasses.replace(run.model, base=str(base)))
+    convert._copy_texts(config, Processor.from_hf(base, config.data), out)
+    exported = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
+    limits = (exported.size["shortest_edge"], exported.size["longest_edge"])
+    assert limits == (run.data.min_pixels, run.data.max_pixels)
+    assert tuple(exported.image_std) == (0.5,) * 3
+
+
 @pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     def convert_(*arguments):
