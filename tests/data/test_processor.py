@@ -71,6 +71,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(mode, file_format):
     assert (decode_image(encoded(image, file_format)) == np.arange(256)[:, None, None]).all()
 
 
+@pytest.mark.parametrize("most", [65535, 4095])
+def test_a_portable_graymap_of_more_than_eight_bits_is_scaled_too(most):
+    samples = np.linspace(0, most, 256).astype(">u2")
+    shown = decode_image(f"P5\n16 16\n{most}\n".encode() + samples.tobytes())
+    assert np.abs(shown.reshape(256, 3).astype(int) - np.arange(256)[:, None]).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_thirty_two_bits_are_refused(mode):
     with pytest.raises(ValueError, match=r"photo.tif: .*32-bit.*save it with 8 or 16 bits"):
@@ -106,7 +113,7 @@ def test_truncated_files_are_named(file_format):
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>"])
 def test_foreign_files_are_named(data):
-    with pytest.raises(ValueError, match="photo: not a readable image .cannot identify"):
+    with pytest.raises(ValueError, match=r"photo: not a readable image \(none of JPEG, PNG, .*\); replace the file"):
         decode_image(data, "photo")
 
 

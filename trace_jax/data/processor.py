@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trace_jax.data.schema import SHARED, Inputs
 
@@ -156,6 +156,8 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: over the limit of {MOST_PIXELS:,} pixels; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable image (none of {', '.join(FORMATS)}); replace the file") from error
     except Exception as error:  # what Pillow raises on a broken header depends on the format
         raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
     width, height = image.size
@@ -164,7 +166,7 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
     if width * height <= 1:
         raise ValueError(f"{name}: {width}x{height}, a single pixel shows nothing; replace the file")
     _check_sides(height, width, name)
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError(f"{name}: nothing says which 32-bit sample is white; save it with 8 or 16 bits a channel")
     try:
         image.load()
@@ -176,7 +178,7 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, as the reference does, but for 16 bits, which Pillow would clip to white."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # I;16, or of a PPM, whose samples Pillow brings to 16 bits
         samples = np.asarray(image)
         grey = (samples >> 8).astype(np.uint8)
         grey[samples == image.info.get("transparency", -1)] = 255
