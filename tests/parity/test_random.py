@@ -16,6 +16,7 @@ from flax import nnx
 
 from tests import tiny
 from tests.parity.reference import image_arguments, in_reading_order, padded_batch, random_hf, torch
+from trace_jax.config import ROOT
 from trace_jax.data.processor import Geometry, Packed, pack, stack_shards
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Inputs
@@ -25,8 +26,7 @@ from trace_jax.model.architecture import Architecture, LanguageArchitecture, Vis
 LIMITS = {"vision": 1e-5, "projector": 1e-5, "decoder": 1e-5, "hidden": 1e-4, "logits": 1e-4, "gradient": 1e-3}
 FIXED = range(40)
 QUICK = 4  # seeds of the fast test
-ROWS, ROW_LENGTH = 3, 208  # of text; every draw fits
-PATCH_ROWS, PATCH_UNITS = 3, 64
+ROWS = 3  # of text, and of patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Draw:
     sequences: tuple[Tokens, ...]
     pad_left: bool
     scan: bool
+    row_length: int = 208  # of text; with `ROWS` every draw fits
+    patch_units: int = 64  # of a vision row: visual tokens
 
     @property
     def unit(self) -> int:
@@ -55,9 +57,9 @@ class Draw:
             self.sequences,
             self.geometry,
             rows=ROWS,
-            row_length=ROW_LENGTH,
-            patch_rows=PATCH_ROWS,
-            patch_row_length=PATCH_UNITS * self.geometry.merge_unit,
+            row_length=self.row_length,
+            patch_rows=ROWS,
+            patch_row_length=self.patch_units * self.geometry.merge_unit,
             pad_token=tiny.PAD,
         )
         assert (result.starts >= 0).all()
@@ -140,6 +142,42 @@ def draw(seed: int) -> Draw:
             return candidate
 
 
+def published() -> Draw:
+    """The published models' heads, angles, patches and windows, narrow and shallow, on what is long: a text whose
+    positions go beyond a thousand, the longest strip that the processor allows, images of many windows.
+    """
+    architecture = Architecture.from_hf(ROOT / "trace_jax" / "assets" / "qwen2_5_vl_7b")
+    vision = dataclasses.replace(
+        architecture.vision,
+        depth=2,
+        hidden_size=2 * architecture.vision.head_dim,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=2 * architecture.language.head_dim,
+        full_attention_blocks=(1,),
+    )
+    language = dataclasses.replace(
+        architecture.language,
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=2 * architecture.language.head_dim,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+    )
+    ids = tiny.architecture()
+    tokens = {name: getattr(ids, name) for name in ("image_token_id", "video_token_id")}
+    tokens |= {name: getattr(ids, name) for name in ("vision_start_token_id", "vision_end_token_id")}
+    geometry = Geometry()
+    sequences = (
+        tiny.sequence(0, 400, [(200, 1), (360, 500)], geometry),
+        tiny.sequence(1, 30, [(341, 256), (28, 5600), (90, 111)], geometry),
+        tiny.sequence(2, 1200),
+    )
+    whole = dataclasses.replace(architecture, vision=vision, language=language, **tokens)
+    return Draw(whole, geometry, sequences, pad_left=True, scan=True, row_length=1664, patch_units=512)
+
+
 def random_like(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
@@ -176,7 +214,7 @@ def run(state, definition, given: Given):
     visual = model.projector(vision).reshape(1, -1, given.embeddings.shape[-1])
     hidden = model(inputs, visual=visual).reshape(-1, visual.shape[-1])[given.slots]
     logits = model.logits(hidden)
-    rows = given.embeddings.reshape(ROWS, ROW_LENGTH, -1)
+    rows = given.embeddings.reshape(*inputs.tokens.shape[1:], -1)
     still = nnx.merge(definition, jax.lax.stop_gradient(state))  # no loss reads the components
     decoded, _ = still.language(rows, inputs.segments[0], inputs.positions[0])
     units = vision.reshape(visual.shape[1], -1, vision.shape[-1])
@@ -190,9 +228,8 @@ def run(state, definition, given: Given):
     return (hidden * given.weigh_hidden).mean() + (logits * given.weigh_logits).mean(), found
 
 
-def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
+def errors(one: Draw, seed: int, folder, *, gradients: bool) -> dict[str, float]:
     """The relative error of every component, of the whole, and the worst of any parameter's gradient."""
-    one = draw(seed)
     rng = np.random.default_rng(seed + 1)
     unit, width = one.geometry.merge_unit, one.architecture.language.hidden_size
     reference = random_hf(one.architecture, seed)
@@ -207,7 +244,8 @@ def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
     arguments, real = padded_batch(one.sequences, left=one.pad_left, vision=one.architecture.vision)
     expected, embeddings = {}, random_like(rng, len(slots), width)
     images = image_arguments(one.sequences, one.architecture.vision)
-    features = np.zeros((PATCH_ROWS * PATCH_UNITS * unit, one.architecture.vision.hidden_size), np.float32)
+    patches = packed.inputs.image_segments.size
+    features = np.zeros((patches, one.architecture.vision.hidden_size), np.float32)
     with torch.no_grad():
         if images:
             visual = reference.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"])
@@ -238,7 +276,7 @@ def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
     expected |= {"hidden": hidden.detach().numpy(), "logits": logits.detach().numpy()}
 
     # what ours computes, in one program
-    x = np.zeros((ROWS * ROW_LENGTH, width), np.float32)
+    x = np.zeros((packed.inputs.tokens.size, width), np.float32)
     x[slots] = embeddings
     definition, state = nnx.split(model)
     given = Given(stack_shards([packed.inputs]), slots, index, x, features, weigh_hidden, weigh_logits)
@@ -270,7 +308,7 @@ def compare(seeds, with_gradients, folder, capsys) -> None:
     worst: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, -1))
     over = []
     for seed in seeds:
-        for name, error in errors(seed, folder / str(seed), gradients=seed in with_gradients).items():
+        for name, error in errors(draw(seed), seed, folder / str(seed), gradients=seed in with_gradients).items():
             worst[name] = max(worst[name], (error, seed))
             if not error <= LIMITS[name]:
                 over.append(f"seed {seed}: {name} {error:.1e} > {LIMITS[name]:.0e}")
@@ -317,6 +355,17 @@ def test_the_draws_cover_what_the_models_and_their_users_do():
 
 def test_a_few_draws(tmp_path, capsys):
     compare(FIXED[:QUICK], FIXED[:2], tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_the_published_shapes(tmp_path, capsys):
+    one = published()
+    assert max(len(image.slots) for sequence in one.sequences for image in sequence.images) == 234
+    assert {image.grid for image in one.sequences[1].images} >= {(1, 200)}
+    found = errors(one, 0, tmp_path, gradients=True)
+    with capsys.disabled():
+        print("\nrelative errors: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
+    assert all(error <= LIMITS[name] for name, error in found.items()) and found.keys() == LIMITS.keys()
 
 
 @pytest.mark.slow

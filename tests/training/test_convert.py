@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bucket import Bucket
+from tests.programs import flags
 from trace_jax import sharding
 from trace_jax.config import ROOT, Config, Mesh
 from trace_jax.data import instructions
@@ -243,3 +246,46 @@ def test_the_command_line(run, tmp_path):
     missing = convert_("to-hf", tmp_path / "out", "--config", "emoji_tiny", "--workdir", tmp_path / "none")
     assert missing.returncode == 1 and "no checkpoint of emoji_tiny" in missing.stderr
     assert not (tmp_path / "out").exists()
+
+
+UPLOAD = """
+import pathlib, sys
+from etils import epath
+source, target = pathlib.Path(sys.argv[1]), epath.Path(sys.argv[2])
+target.mkdir(parents=True, exist_ok=True)
+for file in source.iterdir():
+    (target / file.name).write_bytes(file.read_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_in_a_bucket(run, tmp_path):
+    """A Hugging Face folder and an adapter in a bucket become a base there and a run here."""
+    bucket, program = Bucket(tmp_path / "bucket"), ROOT / "launch" / "convert.py"
+    again = dataclasses.replace(
+        run, workdir=str(tmp_path / "again"), model=dataclasses.replace(run.model, base="gs://runs/base")
+    )
+    convert.export_adapter(run, str(tmp_path / "adapter"))
+
+    def python(*arguments: object) -> str:
+        environment = os.environ | bucket.environment | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    try:
+        python("-c", UPLOAD, run.model.base, "gs://runs/hf")
+        python("-c", UPLOAD, tmp_path / "adapter", "gs://runs/adapter")
+        assert "gs://runs/hf: a Qwen2.5-VL of " in python(program, "check", "gs://runs/hf")
+        python(program, "from-hf", "gs://runs/hf", "gs://runs/base", "--dtype", "float32")
+        python(program, "from-peft", "gs://runs/adapter", "--config", "emoji_tiny", *flags(again))
+    finally:
+        bucket.kill()
+    mesh, processor = sharding.make_mesh(run.mesh), Processor.from_hf(run.model.base, run.data)
+    here = dataclasses.replace(again, model=run.model)
+    restored, original = (restore_model(config, processor, mesh) for config in (here, run))
+    assert restored is not None and original is not None and restored[0] == 0
+    parameters = weights.flat_parameters(restored[1])
+    for path, leaf in weights.flat_parameters(original[1]).items():
+        np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)
