@@ -16,6 +16,7 @@ from trace_jax.config import Lora
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.layers import text_rotary, vision_rotary
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
@@ -31,7 +32,7 @@ def compare(model, reference, tolerance: float = 1e-4) -> float:
     """Largest difference of states and logits over the packed sequences."""
     packed = tiny.packed()
     inputs = tiny.stack_shards([packed.inputs])
-    hidden = np.asarray(jax.jit(lambda m, x: m(x))(model, inputs)).reshape(-1, 48)
+    hidden = np.asarray(tiny.states(model, inputs)).reshape(-1, 48)
     logits = np.asarray(model.logits(jnp.asarray(hidden)))
     worst = 0.0
     for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
@@ -52,7 +53,7 @@ def test_packed_rows_equal_single_sequences(folder, scan):
 def test_vision_encoder_and_projector(folder):
     model, reference = weights.load(folder), load_hf(folder)
     packed = tiny.packed()
-    visual = np.asarray(model.visual(tiny.stack_shards([packed.inputs])))[0]
+    visual = np.asarray(jax.jit(Qwen2_5_VL.visual)(model, tiny.stack_shards([packed.inputs])))[0]
     for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
         at = slice(start, start + len(sequence))
         index = packed.inputs.visual_index.reshape(-1)[at]
