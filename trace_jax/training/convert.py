@@ -12,7 +12,6 @@ import logging
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
