@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import types
 
@@ -252,33 +253,12 @@ def loss_and_gradients(mesh: Mesh) -> tuple[float, dict[str, np.ndarray]]:
 
 
 ONE = Mesh(data=1)
+QUICK = [Mesh(data=1, tensor=2), Mesh(data=1, fsdp=4), Mesh(slice=2, data=1, fsdp=2, tensor=2)]
+EVERY = [Mesh(*shape) for shape in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(shape) in (2, 4, 8)]
 
 
 @pytest.mark.parametrize(
-    "mesh",
-    [
-        Mesh(data=1, tensor=2),
-        Mesh(data=1, fsdp=4),
-        Mesh(slice=2, data=1, fsdp=2, tensor=2),
-        *(
-            pytest.param(mesh, marks=pytest.mark.slow)
-            for mesh in (
-                Mesh(data=2),
-                Mesh(data=1, fsdp=2),
-                Mesh(data=2, fsdp=2),
-                Mesh(data=2, tensor=2),
-                Mesh(data=1, fsdp=2, tensor=2),
-                Mesh(data=8),
-                Mesh(data=1, fsdp=8),
-                Mesh(data=1, tensor=8),
-                Mesh(slice=4, data=2),
-                Mesh(slice=2, data=2, fsdp=2),
-                Mesh(data=2, fsdp=2, tensor=2),
-                Mesh(data=4, fsdp=1, tensor=2),
-            )
-        ),
-    ],
-    ids=str,
+    "mesh", [pytest.param(mesh, marks=[] if mesh in QUICK else pytest.mark.slow) for mesh in EVERY], ids=str
 )
 def test_every_mesh_gives_the_loss_and_the_gradients_of_one_device(mesh):
     loss, gradients = loss_and_gradients(mesh)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from trace_jax.data.processor import Geometry, Packed, pack, patchify, rope_positions, stack_shards
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture, LanguageArchitecture, VisionArchitecture
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.packing import Packer
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153  # special tokens
@@ -66,6 +68,12 @@ def sequence(
     tokens = np.concatenate(pieces).astype(np.int32)
     is_visual = tokens == IMAGE
     return Tokens(tokens, rope_positions(is_visual, [image.grid for image in patches]), tuple(patches), is_visual)
+
+
+@jax.jit
+def states(model: Qwen2_5_VL, inputs: Inputs) -> jax.Array:
+    """What the model computes, by one program for all models that are made alike."""
+    return model(inputs)
 
 
 def packer(most: int, *, row_length: int = 64, share: bool = True) -> Packer:

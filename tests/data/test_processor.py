@@ -71,6 +71,13 @@ def test_sixteen_bits_are_scaled_and_not_clipped(mode, file_format):
     assert (decode_image(encoded(image, file_format)) == np.arange(256)[:, None, None]).all()
 
 
+@pytest.mark.parametrize("most", [65535, 4095])
+def test_a_portable_graymap_of_more_than_eight_bits_is_scaled_too(most):
+    samples = np.linspace(0, most, 256).astype(">u2")
+    shown = decode_image(f"P5\n16 16\n{most}\n".encode() + samples.tobytes())
+    assert np.abs(shown.reshape(256, 3).astype(int) - np.arange(256)[:, None]).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_thirty_two_bits_are_refused(mode):
     with pytest.raises(ValueError, match=r"photo.tif: .*32-bit.*save it with 8 or 16 bits"):
@@ -106,7 +113,7 @@ def test_truncated_files_are_named(file_format):
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg/>"])
 def test_foreign_files_are_named(data):
-    with pytest.raises(ValueError, match="photo: not a readable image .cannot identify"):
+    with pytest.raises(ValueError, match=r"photo: not a readable image \(none of JPEG, PNG, .*\); replace the file"):
         decode_image(data, "photo")
 
 
@@ -184,14 +191,25 @@ def test_limits_that_no_size_keeps_to_are_refused(limits):
         Geometry(min_pixels=limits[0], max_pixels=limits[1])
 
 
-def test_settings_of_another_processor_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "change", [{"resample": 2}, {"rescale_factor": 1 / 127.5}, {"patch_size": 28}, {"do_resize": False}], ids=str
+)
+@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_of_another_processor_are_refused(tmp_path, layout, change):
     base = ROOT / "trace_jax" / "assets" / "emoji_base"
     (tmp_path / "config.json").write_text((base / "config.json").read_text())
     settings = json.loads((base / "preprocessor_config.json").read_text())
-    for change in ({"resample": 2}, {"rescale_factor": 1 / 127.5}, {"patch_size": 28}, {"do_resize": False}):
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
-        with pytest.raises(ValueError, match=rf"preprocessor_config.json: .*{next(iter(change))}.* is not supported"):
-            Geometry.from_hf(tmp_path, min_pixels=784, max_pixels=7840)
+    limits = {"min_pixels": 784, "max_pixels": 7840}
+
+    def write(settings):
+        nested = {"image_processor": settings} if layout == "processor_config.json" else settings
+        (tmp_path / layout).write_text(json.dumps(nested))
+
+    write(settings)
+    assert Geometry.from_hf(tmp_path, **limits) == Geometry.from_hf(base, **limits)
+    write(settings | change)
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{next(iter(change))}.* is not supported"):
+        Geometry.from_hf(tmp_path, **limits)
 
 
 def test_sizes_keep_to_the_limits():

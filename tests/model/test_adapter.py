@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from tests import tiny
-from tests.parity.reference import load_hf, random_hf, torch
+from tests.parity.reference import load_hf, padded_batch, random_hf, torch
 from tests.parity.test_hf import compare
 from trace_jax.config import Lora
 from trace_jax.model import adapter, weights
@@ -93,6 +93,49 @@ def made_by_peft(base, folder, lora, **options):
             row.copy_(tokens[0])  # <|emb|> has one row
     model.save_pretrained(folder)
     return model.base_model.model.eval()
+
+
+def gradients_of_peft(reference, sequences, weights_of_logits):
+    """Of everything that trains, by the names of the adapter's file in the hub's layout."""
+    for sequence, weigh in zip(sequences, weights_of_logits, strict=True):
+        arguments, _ = padded_batch([sequence], left=False)
+        (reference(**arguments).logits[0] * torch.tensor(weigh)).sum().backward()
+    found = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None for gradient in found.values())
+    stored = peft.get_peft_model_state_dict(reference, state_dict=found)
+    return {adapter._older(name): gradient.numpy() for name, gradient in stored.items()}
+
+
+def test_gradients_equal_those_of_torch(base, tmp_path):
+    """Of all that TRACE trains: LoRA, the projector and the one row of <|emb|>, which is also read."""
+    model, sequences = trained(base, LORA), [tiny.sequence(5, 4, [(16, 24)], begin=[tiny.EMB]), tiny.sequence(6, 9)]
+    save(model, LORA, tmp_path, base)
+    rng = np.random.default_rng(0)
+    weigh = [rng.standard_normal((len(one), tiny.VOCABULARY)).astype(np.float32) / 100 for one in sequences]
+    theirs = gradients_of_peft(
+        peft.PeftModel.from_pretrained(load_hf(base), tmp_path, is_trainable=True).eval(), sequences, weigh
+    )
+
+    packed = tiny.packed(sequences, 1, 64)
+    slots = np.concatenate([start + np.arange(len(one)) for start, one in zip(packed.starts, sequences, strict=True)])
+
+    def loss(model, inputs):
+        return (model.logits(model(inputs).reshape(-1, 48)[slots]) * np.concatenate(weigh)).sum()
+
+    leaves = weights.flat_parameters(jax.jit(jax.grad(loss))(model, tiny.stack_shards([packed.inputs])))
+    parts = adapter.parts(model)
+    assert parts.keys() == theirs.keys()
+    rows = [name for name, part in parts.items() if part.path == "emb_row"]
+    theirs[rows[0]] = sum(theirs[name] for name in rows)  # PEFT has a row for each end, ours is one
+    worst = 0.0
+    for name in parts.keys() - set(rows[1:]):
+        part = parts[name]
+        ours = np.asarray(leaves[part.path][...] if part.layer is None else leaves[part.path][...][part.layer])
+        ours = (ours.T if part.transposed else ours).reshape(part.shape)
+        error = np.abs(ours - theirs[name]).max() / np.abs(theirs[name]).max()
+        assert error < 1e-4, name  # 0 / 0 is no number, which is not less
+        worst = max(worst, error)
+    print(f"largest relative difference {worst:.1e}")
 
 
 @pytest.mark.parametrize("everything", [True, False], ids=["everything", "lora alone"])

@@ -1,5 +1,7 @@
-"""config.json of the published checkpoints, in both layouts, and the number of their parameters."""
+"""config.json of the published checkpoints, in every layout, and the number of their parameters."""
 
+import dataclasses
+import json
 import math
 
 import jax
@@ -77,13 +79,20 @@ def nested_config(size: str) -> dict:
     return transformers.Qwen2_5_VLConfig(**flat_config(size)).to_dict()
 
 
+def mixed_config(size: str) -> dict:
+    """As transformers 4.52 to 4.57 write it: a text_config, what it holds at the root too, another type of rope."""
+    flat = flat_config(size) | {"rope_scaling": {"mrope_section": [16, 24, 24], "rope_type": "default"}}
+    return flat | {"text_config": {key: value for key, value in flat.items() if key != "vision_config"}}
+
+
 @pytest.mark.parametrize("size", PUBLISHED)
-def test_published_configs_are_read_in_both_layouts(size):
+def test_published_configs_are_read_in_every_layout(size):
     hidden, _, layers, heads, kv_heads, _, tied, *_ = PUBLISHED[size]
     architecture = Architecture.from_dict(flat_config(size))
     nested = nested_config(size)
     assert "text_config" in nested and "hidden_size" not in nested
     assert Architecture.from_dict(nested) == architecture
+    assert Architecture.from_dict(mixed_config(size)) == architecture
     assert Architecture.from_dict(architecture.to_hf()) == architecture
     language, vision = architecture.language, architecture.vision
     assert (language.num_layers, language.num_heads, language.num_kv_heads) == (layers, heads, kv_heads)
@@ -102,6 +111,25 @@ def test_the_model_has_the_parameters_of_the_published_checkpoint(size):
     assert sum(math.prod(s.shape) * len(s.keys) for s in table.values()) == PUBLISHED[size][-1]
 
 
+def test_a_rotary_base_of_the_vision_encoder_s_own_is_kept():
+    architecture = Architecture.from_dict(flat_config("3B"))
+    other = dataclasses.replace(architecture, vision=dataclasses.replace(architecture.vision, rope_theta=500.0))
+    assert Architecture.from_dict(other.to_hf()) == other
+    transformers = pytest.importorskip("transformers")
+    assert Architecture.from_dict(transformers.Qwen2_5_VLConfig(**other.to_hf()).to_dict()) == other
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_how_pixels_are_normalised_is_read_in_both_layouts(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(flat_config("3B")))
+    assert Architecture.from_hf(tmp_path) == Architecture.from_dict(flat_config("3B"))
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    settings = {"image_processor": pixels} if name == "processor_config.json" else pixels
+    (tmp_path / name).write_text(json.dumps(settings))
+    vision = Architecture.from_hf(tmp_path).vision
+    assert (vision.image_mean, vision.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 def test_other_models_are_refused():
     config = flat_config("3B")
     for change, message in [
@@ -109,6 +137,7 @@ def test_other_models_are_refused():
         ({"use_sliding_window": True}, "use_sliding_window is not supported"),
         ({"hidden_size": 2050}, "heads do not divide"),
         ({"vision_config": {**config["vision_config"], "out_hidden_size": 1}}, "out_hidden_size 1 != hidden_size"),
+        ({"vision_config": {**config["vision_config"], "rope_parameters": {"rope_type": "yarn"}}}, "rope_type 'yarn'"),
     ]:
         with pytest.raises(ValueError, match=message):
             Architecture.from_dict({**config, **change})

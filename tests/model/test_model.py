@@ -16,7 +16,6 @@ from trace_jax.model.layers import quantized
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 LORA = Lora(rank=4, alpha=8.0)
-READ = jax.jit(lambda model, inputs: model(inputs))
 
 
 def make(**options) -> Qwen2_5_VL:
@@ -27,17 +26,17 @@ def make(**options) -> Qwen2_5_VL:
 def loss(model, inputs):
     hidden = model(inputs)
     mask = jnp.asarray(inputs.segments > 0)[..., None]
-    return jnp.sum(jnp.where(mask, jnp.sin(hidden), 0.0)) / 1000 + jnp.mean(model.logits(hidden[:, :, 3]))
+    value = jnp.sum(jnp.where(mask, jnp.sin(hidden), 0.0)) / 1000 + jnp.mean(model.logits(hidden[:, :, 3]))
+    return value, hidden
 
 
-GRADIENT = jax.jit(jax.grad(loss))
+GRADIENT = jax.jit(jax.grad(loss, has_aux=True))
 
 
 @pytest.fixture(scope="module")
 def reference():
-    """States and gradients of the scanned model without remat."""
-    model, inputs = make(), tiny.inputs()
-    return READ(model, inputs), GRADIENT(model, inputs)
+    """Gradients and states of the scanned model without remat."""
+    return GRADIENT(make(), tiny.inputs())
 
 
 @pytest.mark.parametrize(
@@ -52,23 +51,22 @@ def reference():
     ids=str,
 )
 def test_ways_to_run_agree(reference, options):
-    model, inputs = make(**options), tiny.inputs()
-    hidden, gradients = reference
-    np.testing.assert_allclose(READ(model, inputs), hidden, atol=1e-5)
-    expected = weights.flat_parameters(gradients)
-    for path, gradient in weights.flat_parameters(GRADIENT(model, inputs)).items():
+    gradients, hidden = GRADIENT(make(**options), tiny.inputs())
+    np.testing.assert_allclose(hidden, reference[1], atol=1e-5)
+    expected = weights.flat_parameters(reference[0])
+    for path, gradient in weights.flat_parameters(gradients).items():
         np.testing.assert_allclose(gradient[...], expected[path][...], atol=1e-5, rtol=1e-4, err_msg=path)
 
 
 def test_gradients_are_finite_and_reach_what_trains(reference):
-    for path, gradient in weights.flat_parameters(reference[1]).items():
+    for path, gradient in weights.flat_parameters(reference[0]).items():
         assert jnp.isfinite(gradient[...]).all(), path
         if path.endswith(("lora_b", "emb_row")) or path.startswith("projector"):
             assert jnp.abs(gradient[...]).max() > 0, path
 
 
 def test_fresh_lora_changes_nothing():
-    np.testing.assert_array_equal(READ(make(), tiny.inputs()), READ(make(lora=None), tiny.inputs()))
+    np.testing.assert_array_equal(tiny.states(make(), tiny.inputs()), tiny.states(make(lora=None), tiny.inputs()))
 
 
 def test_bfloat16():
@@ -77,18 +75,18 @@ def test_bfloat16():
     for path, dtype in stored.items():
         trained = path.endswith(("lora_a", "lora_b", "emb_row")) or path.startswith("projector/")
         assert dtype == (jnp.float32 if trained else jnp.bfloat16), path
-    hidden = READ(model, tiny.inputs())
+    gradients, hidden = GRADIENT(model, tiny.inputs())
     assert hidden.dtype == jnp.float32 and model.logits(hidden[0, 0]).dtype == jnp.float32
-    exact = READ(make(), tiny.inputs())
+    exact = tiny.states(make(), tiny.inputs())
     real = tiny.inputs().segments > 0
     cosine = (hidden * exact).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(exact, axis=-1)
     assert cosine[real].min() > 0.99
-    assert jnp.isfinite(jax.jit(jax.grad(loss))(model, tiny.inputs()).emb_row[...]).all()
+    assert jnp.isfinite(gradients.emb_row[...]).all()
 
 
 def test_an_int8_base_is_the_base_but_for_rounding(reference):
     model, inputs = make(param_dtype=jnp.int8), tiny.inputs()
-    exact, rounded = (weights.flat_parameters(each) for each in (make(), model))
+    floats, rounded = (weights.flat_parameters(each) for each in (make(), model))
     for path, leaf in rounded.items():
         if not path.startswith("language/layers/") or not path.endswith("/kernel"):
             assert leaf.dtype != jnp.int8, path
@@ -96,12 +94,12 @@ def test_an_int8_base_is_the_base_but_for_rounding(reference):
         assert leaf.dtype == jnp.int8
         values, scale = np.asarray(leaf[...], np.float32), np.asarray(rounded[f"{path}_scale"][...])
         assert scale.shape == (leaf.shape[0], leaf.shape[2]) and np.abs(values).max() == 127
-        off = np.abs(values * scale[:, None] - exact[path][...])
+        off = np.abs(values * scale[:, None] - floats[path][...])
         assert (off <= 0.501 * scale[:, None]).all(), path
-    real, hidden = inputs.segments > 0, READ(model, inputs)
-    cosine = (hidden * reference[0]).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(reference[0], axis=-1)
+    real, hidden, exact = inputs.segments > 0, tiny.states(model, inputs), reference[1]
+    cosine = (hidden * exact).sum(-1) / jnp.linalg.norm(hidden, axis=-1) / jnp.linalg.norm(exact, axis=-1)
     assert cosine[real].min() > 0.999
-    np.testing.assert_allclose(READ(make(param_dtype=jnp.int8, scan_layers=False), inputs), hidden, atol=1e-5)
+    np.testing.assert_allclose(tiny.states(make(param_dtype=jnp.int8, scan_layers=False), inputs), hidden, atol=1e-5)
 
 
 def test_a_column_of_zeros_can_be_quantized():
@@ -112,9 +110,9 @@ def test_a_column_of_zeros_can_be_quantized():
 
 def test_padding_and_neighbours_change_nothing():
     model, packed = make(), tiny.packed()
-    hidden = READ(model, tiny.stack_shards([packed.inputs])).reshape(-1, 48)
+    hidden = tiny.states(model, tiny.stack_shards([packed.inputs])).reshape(-1, 48)
     for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
-        alone = READ(model, tiny.prompts([sequence]))[0, 0, : len(sequence)]
+        alone = tiny.states(model, tiny.prompts([sequence]))[0, 0, : len(sequence)]
         np.testing.assert_allclose(hidden[start : start + len(sequence)], alone, atol=1e-5)
     assert jnp.isfinite(hidden).all()
 
@@ -122,25 +120,26 @@ def test_padding_and_neighbours_change_nothing():
 def test_shards_do_not_mix():
     model, packed = make(), tiny.packed()
     other = tiny.packed(tiny.SEQUENCES[::-1])
-    both = READ(model, tiny.stack_shards([packed.inputs, other.inputs]))
+    both = tiny.states(model, tiny.stack_shards([packed.inputs, other.inputs]))
     for i, one in enumerate((packed, other)):
-        np.testing.assert_allclose(both[i], READ(model, tiny.stack_shards([one.inputs]))[0], atol=1e-5)
+        np.testing.assert_allclose(both[i], tiny.states(model, tiny.stack_shards([one.inputs]))[0], atol=1e-5)
 
 
 def test_text_alone_skips_the_vision_encoder(monkeypatch):
     model, inputs = make(), tiny.prompts([tiny.SEQUENCES[1]])
-    expected = READ(model, inputs)
+    expected = tiny.states(model, inputs)
     none = {
         name: getattr(inputs, name)[:, :0]
         for name in ("patches", "patch_positions", "image_segments", "window_segments")
     }
     monkeypatch.setattr(Qwen2_5_VL, "visual", None)
-    np.testing.assert_allclose(model(inputs._replace(**none)), expected, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(Qwen2_5_VL.__call__)(model, inputs._replace(**none)), expected, atol=1e-6)
 
 
 def test_visual_tokens_can_be_given():
     model, inputs = make(), tiny.inputs()
-    np.testing.assert_allclose(model(inputs, visual=model.visual(inputs)), READ(model, inputs), atol=1e-5)
+    given = jax.jit(lambda model, inputs: model(inputs, visual=model.visual(inputs)))(model, inputs)
+    np.testing.assert_allclose(given, tiny.states(model, inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -171,7 +170,7 @@ def test_decoding_equals_reading(scan):
         at = slice(length, length + 6)
         whole.tokens[0, i, at], whole.segments[0, i, at] = more[i], 1
         whole.positions[0, i, at] = (following[i] + np.arange(6))[:, None]
-    expected = READ(model, whole)[0]
+    expected = tiny.states(model, whole)[0]
 
     hidden, cache = jax.jit(lambda m, x: m.prefill(x))(model, inputs)
     assert len(cache) == 3 and cache[0][0].shape == (4, 2, 64, 8)
@@ -272,8 +271,8 @@ def test_folded_adapters_give_the_same_states(reference):
     for path, leaf in weights.flat_parameters(model).items():
         if path.endswith("lora_b"):
             leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
-    before, real = READ(model, inputs), inputs.segments > 0
+    before, real = tiny.states(model, inputs), inputs.segments > 0
     model.fold_adapters()
     assert not any("lora" in path for path in weights.flat_parameters(model))
-    np.testing.assert_allclose(READ(model, inputs)[real], before[real], atol=2e-5)
-    assert np.abs(before - reference[0])[real].max() > 0.1
+    np.testing.assert_allclose(tiny.states(model, inputs)[real], before[real], atol=2e-5)
+    assert np.abs(before - reference[1])[real].max() > 0.1

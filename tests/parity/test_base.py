@@ -1,5 +1,6 @@
 """The embedded base: transformers reads the same folder and computes the same."""
 
+import functools
 import io
 import pathlib
 
@@ -19,6 +20,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 BASE = ROOT / "trace_jax" / "assets" / "emoji_base"
+READ = jax.jit(lambda model, inputs: (hidden := model(inputs), model.logits(hidden)))
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -59,9 +61,9 @@ def test_states_and_logits_equal_transformers(reference, with_image):
         patch_row_length=64,
         pad_token=processor.pad,
     )
-    model = weights.load(BASE, scan_layers=False)
-    hidden = model(stack_shards([packed.inputs]))
-    ours = np.asarray(hidden)[0, 0], np.asarray(model.logits(hidden))[0, 0]
+    model = weights.load(BASE)
+    hidden, logits = READ(model, stack_shards([packed.inputs]))
+    ours = np.asarray(hidden)[0, 0], np.asarray(logits)[0, 0]
 
     tokens = torch.tensor(sequence.tokens[None].astype(np.int64))
     arguments = {"input_ids": tokens, "mm_token_type_ids": (tokens == processor.image_pad).int()}
@@ -74,7 +76,9 @@ def test_states_and_logits_equal_transformers(reference, with_image):
         np.testing.assert_allclose(mine, theirs.numpy(), atol=1e-4, rtol=1e-4)
 
 
-def test_bfloat16_embeds_as_float32_does(tiny_config, capsys):
+@pytest.fixture(scope="module")
+def embed(tiny_config):
+    """Forty embeddings, of queries and documents of every kind, by dtype and param_dtype."""
     processor = Processor.from_hf(BASE, load_config("emoji_tiny").data)
     release = pathlib.Path(tiny_config.data.root) / "tiny"
     candidates = mbeir.load_candidates(release, layout.TRAIN_POOL)
@@ -90,16 +94,24 @@ def test_bfloat16_embeds_as_float32_does(tiny_config, capsys):
     assert (packed.starts >= 0).all()
     last = packed.starts + [len(sequence) - 1 for sequence in sequences]
 
-    def embed(dtype: str) -> np.ndarray:
-        model = weights.load(BASE, scan_layers=False, dtype=dtype, param_dtype=dtype)
-        states = np.asarray(jax.jit(lambda m, x: m(x))(model, stack_shards([packed.inputs])))
-        states = states.reshape(-1, states.shape[-1])[last]
+    @functools.cache
+    def run(dtype: str, param_dtype: str) -> np.ndarray:
+        model = weights.load(BASE, dtype=dtype, param_dtype=param_dtype)
+        states, _ = READ(model, stack_shards([packed.inputs]))
+        states = np.asarray(states).reshape(-1, states.shape[-1])[last]
         return states / np.linalg.norm(states, axis=-1, keepdims=True)
 
-    cosines = (embed("bfloat16") * embed("float32")).sum(axis=-1)
+    return run
+
+
+@pytest.mark.parametrize("param_dtype", ["bfloat16", "int8"])
+def test_fewer_bits_embed_as_float32_does(embed, capsys, param_dtype):
+    """Matrix products in bfloat16, of weights in bfloat16 and of kernels in int8."""
+    cosines = (embed("bfloat16", param_dtype) * embed("float32", "float32")).sum(axis=-1)
     with capsys.disabled():
-        print(f"\nbfloat16 to float32, {len(cosines)} embeddings: least {cosines.min():.5f}, mean {cosines.mean():.5f}")
-    assert cosines.min() >= 0.999
+        least, mean = cosines.min(), cosines.mean()
+        print(f"\n{param_dtype} to float32, {len(cosines)} embeddings: least {least:.5f}, mean {mean:.5f}")
+    assert least >= 0.999
 
 
 def test_the_chat_template_is_ours():

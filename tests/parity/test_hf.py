@@ -15,6 +15,10 @@ from tests.parity.reference import image_arguments, load_hf, random_hf, run_hf, 
 from trace_jax.config import Lora
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
+from trace_jax.model.layers import text_rotary, vision_rotary
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+
+modeling = pytest.importorskip("transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
@@ -28,7 +32,7 @@ def compare(model, reference, tolerance: float = 1e-4) -> float:
     """Largest difference of states and logits over the packed sequences."""
     packed = tiny.packed()
     inputs = tiny.stack_shards([packed.inputs])
-    hidden = np.asarray(jax.jit(lambda m, x: m(x))(model, inputs)).reshape(-1, 48)
+    hidden = np.asarray(tiny.states(model, inputs)).reshape(-1, 48)
     logits = np.asarray(model.logits(jnp.asarray(hidden)))
     worst = 0.0
     for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
@@ -49,7 +53,7 @@ def test_packed_rows_equal_single_sequences(folder, scan):
 def test_vision_encoder_and_projector(folder):
     model, reference = weights.load(folder), load_hf(folder)
     packed = tiny.packed()
-    visual = np.asarray(model.visual(tiny.stack_shards([packed.inputs])))[0]
+    visual = np.asarray(jax.jit(Qwen2_5_VL.visual)(model, tiny.stack_shards([packed.inputs])))[0]
     for start, sequence in zip(packed.starts, tiny.SEQUENCES, strict=True):
         at = slice(start, start + len(sequence))
         index = packed.inputs.visual_index.reshape(-1)[at]
@@ -60,6 +64,27 @@ def test_vision_encoder_and_projector(folder):
         with torch.no_grad():
             expected = reference.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"]).pooler_output
         np.testing.assert_allclose(visual[index[index >= 0]], expected.numpy(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("theta", "section"), [(1e6, (16, 24, 24)), (1e4, (4, 6, 6))], ids=["published", "embedded"])
+def test_angles_far_into_a_text_and_an_image(theta, section):
+    """What the published models and the embedded base turn by; an error of a frequency grows with the position."""
+    positions = np.random.default_rng(0).integers(0, 32_768, (1, 500, 3)).astype(np.int32)
+    config = transformers.Qwen2_5_VLTextConfig(
+        hidden_size=4 * sum(section),
+        num_attention_heads=2,
+        rope_parameters={"rope_type": "default", "rope_theta": theta, "mrope_section": list(section)},
+    )
+    reference = modeling.Qwen2_5_VLRotaryEmbedding(config)
+    expected = reference(torch.zeros(1), torch.tensor(positions.transpose(2, 0, 1)))
+    for ours, theirs in zip(text_rotary(positions, section, theta), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs[..., : sum(section)].numpy(), rtol=0, atol=1e-6)
+
+    positions = positions[0, :, :2] % 2_000
+    config = transformers.Qwen2_5_VLConfig(vision_config={"hidden_size": 80, "num_heads": 1}).vision_config
+    expected = modeling.Qwen2_5_VLVisionRotaryEmbedding(config)(torch.zeros(1), torch.tensor(positions))
+    for ours, theirs in zip(vision_rotary(positions, 80, 1e4), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs[..., :40].numpy(), rtol=0, atol=1e-6)
 
 
 def test_saved_model_with_lora_and_emb_row_loads_in_hf(folder, tmp_path):

@@ -16,6 +16,7 @@ from flax import nnx
 
 from tests import tiny
 from tests.parity.reference import image_arguments, in_reading_order, padded_batch, random_hf, torch
+from trace_jax.config import ROOT
 from trace_jax.data.processor import Geometry, Packed, pack, stack_shards
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Inputs
@@ -25,8 +26,7 @@ from trace_jax.model.architecture import Architecture, LanguageArchitecture, Vis
 LIMITS = {"vision": 1e-5, "projector": 1e-5, "decoder": 1e-5, "hidden": 1e-4, "logits": 1e-4, "gradient": 1e-3}
 FIXED = range(40)
 QUICK = 4  # seeds of the fast test
-ROWS, ROW_LENGTH = 3, 160  # of text; every draw fits
-PATCH_ROWS, PATCH_UNITS = 3, 64
+ROWS = 3  # of text, and of patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,18 @@ class Draw:
     sequences: tuple[Tokens, ...]
     pad_left: bool
     scan: bool
+    row_length: int = 208  # of text; with `ROWS` every draw fits
+    patch_units: int = 64  # of a vision row: visual tokens
+
+    @property
+    def unit(self) -> int:
+        """Pixels of a visual token's side."""
+        return self.geometry.patch_size * self.geometry.merge_size
+
+    @property
+    def most(self) -> int:
+        """Visual tokens of the largest picture that is no strip."""
+        return self.geometry.max_pixels // self.unit**2
 
     @property
     def packed(self) -> Packed:
@@ -45,9 +57,9 @@ class Draw:
             self.sequences,
             self.geometry,
             rows=ROWS,
-            row_length=ROW_LENGTH,
-            patch_rows=PATCH_ROWS,
-            patch_row_length=PATCH_UNITS * self.geometry.merge_unit,
+            row_length=self.row_length,
+            patch_rows=ROWS,
+            patch_row_length=self.patch_units * self.geometry.merge_unit,
             pad_token=tiny.PAD,
         )
         assert (result.starts >= 0).all()
@@ -79,6 +91,7 @@ def draw(seed: int) -> Draw:
             patch_size=patch,
             merge_size=merge,
             window_size=window,
+            rope_theta=float(one(100, 10_000)),
         ),
         language=LanguageArchitecture(
             vocab_size=tiny.VOCABULARY,
@@ -105,14 +118,18 @@ def draw(seed: int) -> Draw:
     )
 
     def image() -> tuple[int, int]:
-        """Height and width in pixels: from less than a patch to over the limit, and strips of one row."""
-        kind, strip = rng.random(), int(rng.integers(2, 30)) * unit
+        """Height and width in pixels: from less than a patch to over the limit, and strips of one row, up to what the
+        limit makes of twice its length.
+        """
+        kind, strip = rng.random(), int(rng.integers(2, 61)) * unit
         if kind < 0.2:
             return (unit, strip) if rng.random() < 0.5 else (strip, unit)
         return int(rng.integers(2, 7 * unit)), int(rng.integers(2, 7 * unit))
 
     sequences = tuple(
-        tiny.sequence(int(rng.integers(2**31)), int(rng.integers(1, 16)), [image() for _ in range(images)], geometry)
+        tiny.sequence(
+            int(rng.integers(2**31)), int(rng.integers(images == 0, 16)), [image() for _ in range(images)], geometry
+        )
         for images in rng.choice([0, 0, 1, 1, 2, 3], one(1, 2, 3, 4))
     )
     while True:  # leave out what does not fit into the rows; the first sequence always does
@@ -123,6 +140,42 @@ def draw(seed: int) -> Draw:
             sequences = sequences[:-1]
         else:
             return candidate
+
+
+def published() -> Draw:
+    """The published models' heads, angles, patches and windows, narrow and shallow, on what is long: a text whose
+    positions go beyond a thousand, the longest strip that the processor allows, images of many windows.
+    """
+    architecture = Architecture.from_hf(ROOT / "trace_jax" / "assets" / "qwen2_5_vl_7b")
+    vision = dataclasses.replace(
+        architecture.vision,
+        depth=2,
+        hidden_size=2 * architecture.vision.head_dim,
+        intermediate_size=64,
+        num_heads=2,
+        out_hidden_size=2 * architecture.language.head_dim,
+        full_attention_blocks=(1,),
+    )
+    language = dataclasses.replace(
+        architecture.language,
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=2 * architecture.language.head_dim,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+    )
+    ids = tiny.architecture()
+    tokens = {name: getattr(ids, name) for name in ("image_token_id", "video_token_id")}
+    tokens |= {name: getattr(ids, name) for name in ("vision_start_token_id", "vision_end_token_id")}
+    geometry = Geometry()
+    sequences = (
+        tiny.sequence(0, 400, [(200, 1), (360, 500)], geometry),
+        tiny.sequence(1, 30, [(341, 256), (28, 5600), (90, 111)], geometry),
+        tiny.sequence(2, 1200),
+    )
+    whole = dataclasses.replace(architecture, vision=vision, language=language, **tokens)
+    return Draw(whole, geometry, sequences, pad_left=True, scan=True, row_length=1664, patch_units=512)
 
 
 def random_like(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -161,7 +214,7 @@ def run(state, definition, given: Given):
     visual = model.projector(vision).reshape(1, -1, given.embeddings.shape[-1])
     hidden = model(inputs, visual=visual).reshape(-1, visual.shape[-1])[given.slots]
     logits = model.logits(hidden)
-    rows = given.embeddings.reshape(ROWS, ROW_LENGTH, -1)
+    rows = given.embeddings.reshape(*inputs.tokens.shape[1:], -1)
     still = nnx.merge(definition, jax.lax.stop_gradient(state))  # no loss reads the components
     decoded, _ = still.language(rows, inputs.segments[0], inputs.positions[0])
     units = vision.reshape(visual.shape[1], -1, vision.shape[-1])
@@ -175,9 +228,8 @@ def run(state, definition, given: Given):
     return (hidden * given.weigh_hidden).mean() + (logits * given.weigh_logits).mean(), found
 
 
-def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
+def errors(one: Draw, seed: int, folder, *, gradients: bool) -> dict[str, float]:
     """The relative error of every component, of the whole, and the worst of any parameter's gradient."""
-    one = draw(seed)
     rng = np.random.default_rng(seed + 1)
     unit, width = one.geometry.merge_unit, one.architecture.language.hidden_size
     reference = random_hf(one.architecture, seed)
@@ -192,7 +244,8 @@ def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
     arguments, real = padded_batch(one.sequences, left=one.pad_left, vision=one.architecture.vision)
     expected, embeddings = {}, random_like(rng, len(slots), width)
     images = image_arguments(one.sequences, one.architecture.vision)
-    features = np.zeros((PATCH_ROWS * PATCH_UNITS * unit, one.architecture.vision.hidden_size), np.float32)
+    patches = packed.inputs.image_segments.size
+    features = np.zeros((patches, one.architecture.vision.hidden_size), np.float32)
     with torch.no_grad():
         if images:
             visual = reference.model.visual(images["pixel_values"], grid_thw=images["image_grid_thw"])
@@ -223,7 +276,7 @@ def errors(seed: int, folder, *, gradients: bool) -> dict[str, float]:
     expected |= {"hidden": hidden.detach().numpy(), "logits": logits.detach().numpy()}
 
     # what ours computes, in one program
-    x = np.zeros((ROWS * ROW_LENGTH, width), np.float32)
+    x = np.zeros((packed.inputs.tokens.size, width), np.float32)
     x[slots] = embeddings
     definition, state = nnx.split(model)
     given = Given(stack_shards([packed.inputs]), slots, index, x, features, weigh_hidden, weigh_logits)
@@ -255,7 +308,7 @@ def compare(seeds, with_gradients, folder, capsys) -> None:
     worst: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, -1))
     over = []
     for seed in seeds:
-        for name, error in errors(seed, folder / str(seed), gradients=seed in with_gradients).items():
+        for name, error in errors(draw(seed), seed, folder / str(seed), gradients=seed in with_gradients).items():
             worst[name] = max(worst[name], (error, seed))
             if not error <= LIMITS[name]:
                 over.append(f"seed {seed}: {name} {error:.1e} > {LIMITS[name]:.0e}")
@@ -269,24 +322,50 @@ def compare(seeds, with_gradients, folder, capsys) -> None:
 def test_the_draws_cover_what_the_models_and_their_users_do():
     draws = [draw(seed) for seed in FIXED]
     assert len({one.architecture for one in draws}) == len(draws)
-    images = [(one, image) for one in draws for sequence in one.sequences for image in sequence.images]
-    sides = [one.geometry.window_size // one.geometry.patch_size // one.geometry.merge_size for one, _ in images]
-    grids = [image.grid for _, image in images]
-    blocks = [(one.architecture.vision.depth, len(one.architecture.vision.full_attention_blocks)) for one in draws]
-    assert {len(sequence.images) for one in draws for sequence in one.sequences} == {0, 1, 2, 3}
-    assert {len(one.sequences) for one in draws} == {1, 2, 3, 4}
-    assert any(min(grid) == 1 and max(grid) > 10 for grid in grids)  # strips
-    assert any(max(grid) < side for grid, side in zip(grids, sides, strict=True))  # smaller than a window
-    assert any(grid[0] % side and grid[1] % side for grid, side in zip(grids, sides, strict=True))  # border windows
-    assert any(full == 0 for _, full in blocks) and any(full == depth for depth, full in blocks)
-    assert any(not any(sequence.images for sequence in one.sequences) for one in draws)
-    languages = [one.architecture.language for one in draws]
-    assert len({(one.pad_left, one.scan, one.architecture.language.tie_embeddings) for one in draws}) == 8
+
+    visions, languages = ([getattr(one.architecture, part) for one in draws] for part in ("vision", "language"))
+    assert {vision.depth for vision in visions} == {language.num_layers for language in languages} == {1, 2, 3, 4}
+    assert {vision.num_heads for vision in visions} == {1, 2, 3} and {vision.merge_size for vision in visions} == {2, 3}
+    assert {one.geometry.window_size // one.unit for one in draws} == {1, 2, 3, 4}
+    full = [(np.isin(range(vision.depth), vision.full_attention_blocks)) for vision in visions]
+    assert any(not each.any() for each in full) and any(each.all() for each in full)
+    assert {(each[0], each[-1]) for each in full if len(each) > 2} == {(a, b) for a in (0, 1) for b in (0, 1)}
     assert {language.num_heads // language.num_kv_heads for language in languages} == {1, 2, 4}
+    assert {language.num_kv_heads for language in languages} == {1, 2, 3}
+    assert len({(one.pad_left, one.scan, one.architecture.language.tie_embeddings) for one in draws}) == 8
+
+    images = [(one, image.grid) for one in draws for sequence in one.sequences for image in sequence.images]
+    sides = [(one.geometry.window_size // one.unit, grid) for one, grid in images]
+    assert {len(sequence.images) for one in draws for sequence in one.sequences} == {0, 1, 2, 3}
+    assert any(not any(sequence.images for sequence in one.sequences) for one in draws)
+    for along, across in ((0, 1), (1, 0)):  # strips, over the limit too
+        assert any(grid[across] == 1 and grid[along] > one.most for one, grid in images)
+    assert any(max(grid) < side for side, grid in sides)  # smaller than a window
+    assert any(grid[0] % side and grid[1] % side for side, grid in sides)  # border windows
+    assert any(not (grid[0] % side or grid[1] % side) and side > 1 for side, grid in sides)  # whole windows
+
+    assert {len(one.sequences) for one in draws} == {1, 2, 3, 4}
+    for left in (True, False):  # batches whose sequences are padded
+        assert any(one.pad_left == left and len(set(map(len, one.sequences))) > 2 for one in draws)
+    packed = [one.packed.inputs for one in draws]
+    assert {int(rows.segments.max()) for rows in packed} == {1, 2, 3, 4}  # sequences of a row
+    assert any(rows.segments[1].any() for rows in packed)  # several rows
+    assert max(int(rows.image_segments.max()) for rows in packed) > 4  # images of a row
 
 
 def test_a_few_draws(tmp_path, capsys):
     compare(FIXED[:QUICK], FIXED[:2], tmp_path, capsys)
+
+
+@pytest.mark.slow
+def test_the_published_shapes(tmp_path, capsys):
+    one = published()
+    assert max(len(image.slots) for sequence in one.sequences for image in sequence.images) == 234
+    assert {image.grid for image in one.sequences[1].images} >= {(1, 200)}
+    found = errors(one, 0, tmp_path, gradients=True)
+    with capsys.disabled():
+        print("\nrelative errors: " + ", ".join(f"{name} {error:.1e}" for name, error in found.items()))
+    assert all(error <= LIMITS[name] for name, error in found.items()) and found.keys() == LIMITS.keys()
 
 
 @pytest.mark.slow

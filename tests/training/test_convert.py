@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bucket import Bucket
+from tests.programs import flags
 from trace_jax import sharding
 from trace_jax.config import ROOT, Config, Mesh
 from trace_jax.data import instructions
@@ -212,6 +215,26 @@ def test_a_converted_base_serves_the_runs_of_its_source(run, tmp_path):
         np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the older one"])
+def test_a_base_as_transformers_5_saves_it_is_exported_with_the_run_s_limits(run, tmp_path, beside):
+    """Its image processor is a part of processor_config.json, which transformers reads first."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir(), out.mkdir()
+    for file in convert._texts(pathlib.Path(run.model.base)):
+        (base / file.name).write_bytes(file.read_bytes())
+    older = base / "preprocessor_config.json"
+    images = json.loads(older.read_text()) | {"size": {"shortest_edge": 1, "longest_edge": 9}, "image_std": [0.5] * 3}
+    (base / "processor_config.json").write_text(json.dumps({"image_processor": images}))
+    if not beside:
+        older.unlink()
+    config = dataclasses.replace(run, model=dataclasses.replace(run.model, base=str(base)))
+    convert._copy_texts(config, Processor.from_hf(base, config.data), out)
+    exported = transformers.AutoImageProcessor.from_pretrained(out, backend="pil")
+    limits = (exported.size["shortest_edge"], exported.size["longest_edge"])
+    assert limits == (run.data.min_pixels, run.data.max_pixels)
+    assert tuple(exported.image_std) == (0.5,) * 3
+
+
 @pytest.mark.slow
 def test_the_command_line(run, tmp_path):
     def convert_(*arguments):
@@ -223,3 +246,46 @@ def test_the_command_line(run, tmp_path):
     missing = convert_("to-hf", tmp_path / "out", "--config", "emoji_tiny", "--workdir", tmp_path / "none")
     assert missing.returncode == 1 and "no checkpoint of emoji_tiny" in missing.stderr
     assert not (tmp_path / "out").exists()
+
+
+UPLOAD = """
+import pathlib, sys
+from etils import epath
+source, target = pathlib.Path(sys.argv[1]), epath.Path(sys.argv[2])
+target.mkdir(parents=True, exist_ok=True)
+for file in source.iterdir():
+    (target / file.name).write_bytes(file.read_bytes())
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_in_a_bucket(run, tmp_path):
+    """A Hugging Face folder and an adapter in a bucket become a base there and a run here."""
+    bucket, program = Bucket(tmp_path / "bucket"), ROOT / "launch" / "convert.py"
+    again = dataclasses.replace(
+        run, workdir=str(tmp_path / "again"), model=dataclasses.replace(run.model, base="gs://runs/base")
+    )
+    convert.export_adapter(run, str(tmp_path / "adapter"))
+
+    def python(*arguments: object) -> str:
+        environment = os.environ | bucket.environment | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    try:
+        python("-c", UPLOAD, run.model.base, "gs://runs/hf")
+        python("-c", UPLOAD, tmp_path / "adapter", "gs://runs/adapter")
+        assert "gs://runs/hf: a Qwen2.5-VL of " in python(program, "check", "gs://runs/hf")
+        python(program, "from-hf", "gs://runs/hf", "gs://runs/base", "--dtype", "float32")
+        python(program, "from-peft", "gs://runs/adapter", "--config", "emoji_tiny", *flags(again))
+    finally:
+        bucket.kill()
+    mesh, processor = sharding.make_mesh(run.mesh), Processor.from_hf(run.model.base, run.data)
+    here = dataclasses.replace(again, model=run.model)
+    restored, original = (restore_model(config, processor, mesh) for config in (here, run))
+    assert restored is not None and original is not None and restored[0] == 0
+    parameters = weights.flat_parameters(restored[1])
+    for path, leaf in weights.flat_parameters(original[1]).items():
+        np.testing.assert_array_equal(parameters[path][...], leaf[...], err_msg=path)

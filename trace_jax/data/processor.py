@@ -16,12 +16,15 @@ import pathlib
 import re
 import warnings
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from etils import epath
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trace_jax.data.schema import SHARED, Inputs
 
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 MOST_PIXELS = 80_000_000  # of an image file; above it, the file is taken for a decompression bomb
 LONGEST = 200  # the longer side over the shorter one; the reference's limit
 # Not all that Pillow opens: a user's EPS would be run by Ghostscript.
@@ -67,13 +70,12 @@ class Geometry:
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, *, min_pixels: int, max_pixels: int) -> "Geometry":
-        """Reads config.json and preprocessor_config.json of a Hugging Face folder; the pixel limits are ours.
+        """Reads config.json and the `image_settings` of a Hugging Face folder; the pixel limits are ours.
 
         Raises ValueError, listing them, for settings of the processor that no published Qwen2.5-VL has.
         """
-        folder = pathlib.Path(folder)
-        vision = json.loads((folder / "config.json").read_text())["vision_config"]
-        processor = json.loads((folder / "preprocessor_config.json").read_text())
+        vision = json.loads((pathlib.Path(folder) / "config.json").read_text())["vision_config"]
+        settings = image_settings(folder)
         supported = {
             "do_convert_rgb": True,
             "do_resize": True,
@@ -85,10 +87,10 @@ class Geometry:
             "temporal_patch_size": vision["temporal_patch_size"],
             "merge_size": vision["spatial_merge_size"],
         }
-        other = {key: processor[key] for key, value in supported.items() if processor.get(key, value) != value}
+        other = {key: settings[key] for key, value in supported.items() if settings.get(key, value) != value}
         if other:
             raise ValueError(
-                f"{folder / 'preprocessor_config.json'}: {other} is not supported; expected "
+                f"{folder}: an image processor with {other} is not supported; expected "
                 f"{ {key: supported[key] for key in other} }"
             )
         return cls(
@@ -98,6 +100,18 @@ class Geometry:
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
+
+
+def image_settings(folder: str | pathlib.Path | epath.Path) -> dict[str, Any]:
+    """What a Hugging Face folder, local or remote, says of its image processor; nothing where it says nothing.
+
+    As transformers reads it: the part of processor_config.json, where processors are saved since version 5, before
+    preprocessor_config.json.
+    """
+    folder = epath.Path(folder)
+    whole, own = folder / PROCESSOR, folder / IMAGE_PROCESSOR
+    nested = json.loads(whole.read_text()).get("image_processor") if whole.exists() else None
+    return nested or (json.loads(own.read_text()) if own.exists() else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +156,8 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name}: over the limit of {MOST_PIXELS:,} pixels; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name}: not a readable image (none of {', '.join(FORMATS)}); replace the file") from error
     except Exception as error:  # what Pillow raises on a broken header depends on the format
         raise ValueError(f"{name}: not a readable image ({error}); replace the file") from error
     width, height = image.size
@@ -150,7 +166,7 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
     if width * height <= 1:
         raise ValueError(f"{name}: {width}x{height}, a single pixel shows nothing; replace the file")
     _check_sides(height, width, name)
-    if image.mode in ("I", "F"):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError(f"{name}: nothing says which 32-bit sample is white; save it with 8 or 16 bits a channel")
     try:
         image.load()
@@ -162,7 +178,7 @@ def open_image(data: bytes, name: str = "image") -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, as the reference does, but for 16 bits, which Pillow would clip to white."""
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I"):  # I;16, or of a PPM, whose samples Pillow brings to 16 bits
         samples = np.asarray(image)
         grey = (samples >> 8).astype(np.uint8)
         grey[samples == image.info.get("transparency", -1)] = 255

@@ -8,6 +8,8 @@ from typing import Any
 
 from etils import epath
 
+from trace_jax.data.processor import image_settings
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionArchitecture:
@@ -107,7 +109,7 @@ class Architecture:
     def from_hf(cls, folder: str | pathlib.Path | epath.Path) -> "Architecture":
         """Reads `folder`/config.json: transformers 5's nested text_config, or the hub's flat layout.
 
-        How pixels are normalised is in preprocessor_config.json; where there is none, as all published checkpoints do.
+        How pixels are normalised is in the `image_settings`; where they say nothing, as all published checkpoints do.
         Raises FileNotFoundError when there is none, ValueError for another model type, a feature that Qwen2.5-VL's
         published checkpoints do not use, or a missing field.
         """
@@ -118,8 +120,7 @@ class Architecture:
             architecture = cls.from_dict(json.loads(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        processor = epath.Path(folder) / "preprocessor_config.json"
-        known = json.loads(processor.read_text()) if processor.exists() else {}
+        known = image_settings(folder)
         pixels = {name: tuple(known[name]) for name in ("image_mean", "image_std") if name in known}
         return dataclasses.replace(architecture, vision=dataclasses.replace(architecture.vision, **pixels))
 
@@ -137,8 +138,11 @@ class Architecture:
                     raise ValueError(f"{name} hidden_act {part['hidden_act']!r} is not supported, only 'silu'")
             if text.get("use_sliding_window"):
                 raise ValueError("use_sliding_window is not supported")
-            if rope.get("rope_type", rope.get("type", "default")) not in ("default", "mrope"):
-                raise ValueError(f"rope_type {rope.get('rope_type', rope.get('type'))!r} is not supported")
+            turn = vision.get("rope_parameters") or {}
+            for one, known in ((rope, ("default", "mrope")), (turn, ("default", "axial"))):
+                kind = one.get("rope_type", one.get("type", "default"))
+                if kind not in known:
+                    raise ValueError(f"rope_type {kind!r} is not supported")
             heads, eos = text["num_attention_heads"], text.get("eos_token_id")
             return cls(
                 vision=VisionArchitecture(
@@ -153,7 +157,7 @@ class Architecture:
                     merge_size=vision["spatial_merge_size"],
                     window_size=vision["window_size"],
                     in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-                    rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
+                    rope_theta=float(turn.get("rope_theta", 10000.0)),
                 ),
                 language=LanguageArchitecture(
                     vocab_size=text["vocab_size"],
@@ -217,5 +221,6 @@ class Architecture:
                 "window_size": vision.window_size,
                 "in_channels": vision.in_channels,
                 "hidden_act": "silu",
+                "rope_parameters": {"rope_type": "axial", "rope_theta": vision.rope_theta},
             },
         }

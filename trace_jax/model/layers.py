@@ -171,8 +171,9 @@ Rotary = tuple[Array, Array]  # cosine and sine, [..., length, head_dim / 2] flo
 
 
 def _frequencies(count: int, theta: float) -> np.ndarray:
-    """[count] float32: theta^(-i / count)."""
-    return (theta ** (-np.arange(count) / count)).astype(np.float32)
+    """[count] float32: theta^(-i / count), rounded where the reference rounds: far into a text the last bit counts."""
+    exponents = np.arange(count, dtype=np.float32) / np.float32(count)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def text_rotary(positions: Array, section: Sequence[int], theta: float) -> Rotary:

@@ -12,7 +12,6 @@ import logging
 import pathlib
 import shutil
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from jax.experimental import multihost_utils
 from trace_jax import sharding
 from trace_jax.config import Config, Lora
 from trace_jax.data import instructions
+from trace_jax.data.processor import IMAGE_PROCESSOR, PROCESSOR, image_settings
 from trace_jax.data.tokenizer import EMB, Processor, local_files
 from trace_jax.model import weights
 from trace_jax.model.adapter import load_adapter, save_adapter
@@ -37,7 +37,6 @@ from trace_jax.training.train import init_optimizer, load_model, model_identity,
 log = logging.getLogger(__name__)
 
 ADAPTED = ("lora_a", "lora_b", "emb_row")
-PROCESSOR = "preprocessor_config.json"
 
 
 def check_base(folder: str) -> str:
@@ -204,10 +203,14 @@ def _copy_texts(config: Config, processor: Processor, folder: pathlib.Path) -> N
         for file in _texts(texts):
             shutil.copyfile(file, folder / file.name)
     processor.tokenizer.save_pretrained(folder)
-    images: dict[str, Any] = json.loads((folder / PROCESSOR).read_text())
+    images = image_settings(folder)
     images.pop("size", None)  # says the same as the limits
     images |= {"min_pixels": config.data.min_pixels, "max_pixels": config.data.max_pixels}
-    (folder / PROCESSOR).write_text(json.dumps(images, indent=2) + "\n")
+    written = {IMAGE_PROCESSOR: images}
+    if (folder / PROCESSOR).exists():
+        written[PROCESSOR] = json.loads((folder / PROCESSOR).read_text()) | {"image_processor": images}
+    for name, settings in written.items():
+        (folder / name).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # ---- the model card ----------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ A TRACE retriever (arXiv 2603.02929), exported from trace_jax as {what}.
 - Base: `{base}`, weights {weights.fingerprint(config.model.base)}; checkpoint of step {step}.
 - `{EMB}` is token {processor.emb}. The embedding is the last layer's state, after the final norm, that predicts it. The
   model may write a chain of thought before it (at most {config.evaluation.max_trace_tokens} tokens).
-- Images have {config.data.min_pixels} to {config.data.max_pixels} pixels (`{PROCESSOR}`).
+- Images have {config.data.min_pixels} to {config.data.max_pixels} pixels (`{IMAGE_PROCESSOR}`).
 
 {_promise(config, adapter=adapter, dtype=dtype)}
 
