@@ -16,6 +16,7 @@ from trace_jax.benchmarks import cot, data, engine, index, training
 
 PARTS = {
     "images": data.images,
+    "pairs": data.pairs,
     "packing": data.packing,
     "train-step": training.train_step,
     "engine": engine.engine,

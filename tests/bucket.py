@@ -18,7 +18,12 @@ class Bucket:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
         self._folder, self.url = folder, f"http://127.0.0.1:{self._port}"
-        self.environment = {"STORAGE_EMULATOR_HOST": self.url, "TENSORSTORE_GCS_HTTP_URL": self.url}
+        self.environment = {
+            "STORAGE_EMULATOR_HOST": self.url,
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            # gcsfs asks the real service what kind each bucket is, at every call and in vain, and warns of it.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
         (folder / "runs").mkdir(parents=True)
         self.start()
 

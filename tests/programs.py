@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 
 from trace_jax.config import ROOT, Config, load_config, to_json
 
@@ -27,12 +28,28 @@ def flags(config: Config) -> list[str]:
     return found
 
 
-def start(stage: str, config: Config, **environment: str) -> subprocess.Popen:
-    """Starts a program; its errors can be read, its output is dropped."""
+class Program(subprocess.Popen):
+    """A running program, whose output is dropped. Its errors go to a file: a pipe that nobody reads would stop it."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self._file, self._said = tempfile.TemporaryFile("w+"), ""  # noqa: SIM115 (`communicate` closes it)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": self._file, "text": True}
+        super().__init__(command, cwd=ROOT, env=os.environ | environment, **quiet)
+
+    def communicate(self, input: None = None, timeout: float | None = None) -> tuple[None, str]:
+        """Waits for the end: nothing, and its errors."""
+        self.wait(timeout)
+        if not self._file.closed:
+            with self._file:
+                self._file.seek(0)
+                self._said = self._file.read()
+        return None, self._said
+
+
+def start(stage: str, config: Config, **environment: str) -> Program:
+    """Starts a program of launch/."""
     command = [sys.executable, str(ROOT / "launch" / f"{stage}.py"), "emoji_tiny", *flags(config)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    return Program(command, environment)
 
 
 def environments(processes: int, devices: int = 8) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -99,9 +100,10 @@ def test_int8_halves_the_frozen_kernels_of_a_device():
     assert whole - rounded == pytest.approx(kernels / 4, rel=0.01)  # a byte of two; scales are few
 
 
-@pytest.mark.parametrize(("remat", "most"), [("none", 1.1), ("attention", 1.3), ("full", 1.4)])
-def test_a_step_does_little_more_than_the_model_needs(remat, most):
-    """The real layers and widths, reduced in depth; the attention's masked half is the largest part of the rest."""
+@functools.cache
+def real_step(remat):
+    """The 7B configuration's step on four devices, of the real layers and widths, reduced in depth: the program, and
+    the FLOPs that its model needs."""
     config = replaced(load_config("mbeir_qwen2_5_vl_7b"), remat=remat, attention="xla")
     config = dataclasses.replace(config, mesh=Mesh(data=1, fsdp=4))
     whole = programs.read_architecture(config)
@@ -113,8 +115,31 @@ def test_a_step_does_little_more_than_the_model_needs(remat, most):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
     capacity = programs.capacity_of(config, architecture, 4)
     needed = sum(model_flops(architecture, config, capacity, 4).values())
-    done = flops.program_flops(programs.train_program(config, architecture, mesh).trace(mesh).jaxpr)
-    assert 1.0 <= done / needed <= most
+    return programs.train_program(config, architecture, mesh).trace(mesh).jaxpr, needed
+
+
+@pytest.mark.parametrize(("remat", "most"), [("none", 1.1), ("attention", 1.3), ("full", 1.4)])
+def test_a_step_does_little_more_than_the_model_needs(remat, most):
+    """The attention's masked half is the largest part of the rest."""
+    program, needed = real_step(remat)
+    assert 1.0 <= flops.program_flops(program) / needed <= most
+
+
+def shapes(program):
+    """Of all arrays that a program makes, and the programs within it."""
+    for equation in program.eqns:
+        yield from (result.aval.shape for result in equation.outvars)
+        for inner, _ in flops._inner_jaxprs(list(equation.params.values())):
+            yield from shapes(inner)
+
+
+def test_no_step_makes_logits_of_all_tokens_or_documents_for_each_query():
+    config, found = load_config("mbeir_qwen2_5_vl_7b"), set(shapes(real_step("none")[0].jaxpr))
+    vocabulary, pairs, width = 152064, config.data.batch_size, 3584
+    logits = [math.prod(shape) // vocabulary for shape in found if vocabulary in shape]
+    assert max(logits) == 4 * config.loss.vocabulary_chunk  # a chunk of each device
+    assert (pairs, pairs) in found  # the scores
+    assert not any(shape.count(pairs) > 1 and width in shape for shape in found)
 
 
 def test_shapes_are_the_configuration_s_or_measured_on_assumed_lengths():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ from tests.programs import environments, start
 from trace_jax.config import ROOT, Config, Mesh, load_config
 from trace_jax.model import weights
 from trace_jax.training.metrics import read_metrics
+from trace_jax.training.train import train
+
+EACH_ITS_OWN = Mesh(data=4, fsdp=2, tensor=1)  # of two processes, each reads its own examples
 
 
-def configured(config: Config, folder, steps: int) -> Config:
-    training = dataclasses.replace(config.training, steps=steps, checkpoint_every=100)
+def configured(config: Config, folder, steps: int, *, every: int = 100, mesh: Mesh = EACH_ITS_OWN) -> Config:
+    training = dataclasses.replace(config.training, steps=steps, checkpoint_every=every)
     data = dataclasses.replace(config.data, weights=load_config("emoji_tiny").data.weights)
     loss = dataclasses.replace(config.loss, learn_temperature=True, both_directions=True)
-    workdir = str(folder)
-    return dataclasses.replace(config, workdir=workdir, training=training, data=data, loss=loss, mesh=Mesh(4, 2, 1))
+    return dataclasses.replace(config, workdir=str(folder), training=training, data=data, loss=loss, mesh=mesh)
 
 
 def launch(config: Config, processes: int) -> list:
@@ -41,18 +44,26 @@ def losses(config: Config) -> dict[int, float]:
 
 @pytest.mark.parametrize(
     "mesh",
-    [Mesh(data=4, fsdp=2, tensor=1), pytest.param(Mesh(data=1, fsdp=1, tensor=8), marks=pytest.mark.slow)],
+    [EACH_ITS_OWN, pytest.param(Mesh(data=1, fsdp=1, tensor=8), marks=pytest.mark.slow)],
     ids=["each its own examples", "both the same examples"],
 )
-def test_two_processes_train_as_one(tiny_config, tmp_path, mesh):
-    one, two = (dataclasses.replace(configured(tiny_config, tmp_path / name, 4), mesh=mesh) for name in ("one", "two"))
-    for config, processes in ((one, 1), (two, 2)):
-        running = launch(config, processes)
-        said = errors(running)
-        assert [process.returncode for process in running] == [0] * processes, said
-    assert set(losses(two)) == {1, 2, 3, 4}
-    for step, loss in losses(one).items():
-        assert abs(losses(two)[step] - loss) <= 1e-5 * loss
+def test_two_processes_train_as_one_and_one_goes_on_with_what_two_began(tiny_config, tmp_path, mesh):
+    one, two = (configured(tiny_config, tmp_path / name, 4, every=2, mesh=mesh) for name in ("one", "two"))
+    train(one)
+    running = launch(two, 2)
+    said = errors(running)
+    assert [process.returncode for process in running] == [0, 0], said
+    expected, found = losses(one), losses(two)
+    assert set(expected) == set(found) == {1, 2, 3, 4}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+    half = dataclasses.replace(two, workdir=str(tmp_path / "half"))
+    shutil.copytree(tmp_path / "two", half.run_dir)
+    shutil.rmtree(tmp_path / "half" / "checkpoints" / "4")
+    train(half)
+    resumed = losses(half)
+    assert resumed == pytest.approx(expected, rel=1e-5)
+    assert (resumed[1], resumed[2]) == (found[1], found[2])  # as they were logged, not trained again
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import pathlib
 import time
 
@@ -11,10 +12,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trace_jax.benchmarks.measuring import interleaved, report
 from trace_jax.config import load_config
-from trace_jax.data.lengths import assumed_batches
-from trace_jax.data.pipeline import MEASURED_BATCHES, deal, measure_capacity
+from trace_jax.data.lengths import PROMPT, SIDE, assumed_batches
+from trace_jax.data.pipeline import MEASURED_BATCHES, Tokenized, deal, measure_capacity, pack_batch, tokenize
 from trace_jax.data.processor import Geometry, first_fit, fit_size, open_image, pack, patchify
 from trace_jax.data.processor import Sequence as Tokens
+from trace_jax.data.schema import Document, Example, Query
+from trace_jax.data.tokenizer import Processor
+from trace_jax.training.base import EMBEDDED
+
+WORD = "woman"  # a token
 
 
 def _photo(width: int, height: int, seed: int) -> bytes:
@@ -94,6 +100,62 @@ def images(
         print(f"{name:26}{rate:9.0f}{1000 / rate:8.2f}")
     print(f"\n{ratio:.2f} times the DataLoader; 'decode and resize alone' is Pillow's part of both")
     report({"images_per_second": rates, "ratio": ratio, "count": count, "size": [width, height]}, json)
+
+
+def pairs(
+    config: str = "mbeir_qwen2_5_vl_7b",
+    count: int = 64,
+    batches: int = 8,
+    row_length: int = 2048,
+    json: pathlib.Path | None = None,
+) -> None:
+    """Pairs a second of one core, from texts and JPEG bytes to a packed batch of a host's four devices.
+
+    Lengths and pictures are like M-BEIR-CoT's (data/lengths.py); the tokenizer is the embedded base's, since no other
+    is in this repository: its tokens are shorter than Qwen2.5-VL's, the texts have as many. Compare with the pairs a
+    second of launch/compile_check.py, dealt to the slice's hosts.
+
+    Args:
+        config: of configs/.
+        count: pairs of a host's part of a batch.
+        batches: how many to make.
+        row_length: tokens of a packed row.
+        json: where to write the figures.
+    """
+    chosen = load_config(config)
+    data = dataclasses.replace(chosen.data, batch_size=count, row_length=row_length)
+    chosen = dataclasses.replace(chosen, data=data)
+    geometry = Geometry(min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+    base = Processor.from_hf(EMBEDDED, load_config().data)
+    processor = dataclasses.replace(base, geometry=geometry, prompts=data.prompts, max_text_tokens=data.max_text_tokens)
+    rng = np.random.default_rng(0)
+    photos = [_photo(int(SIDE * rng.uniform(1, 2)), SIDE, seed) for seed in range(16)]
+    drawn = itertools.count()
+
+    def side(sequence: Tokens, prompt: int) -> tuple[str, bytes | None]:
+        """Text and picture of one side of a pair, whose prompt has so many tokens; no picture comes twice."""
+        visual = sum(len(image.values) for image in sequence.images) // geometry.merge_unit
+        number = next(drawn)
+        photo = photos[number % len(photos)] + number.to_bytes(8, "little")  # behind a JPEG's end stands what likes
+        return " ".join([WORD] * (prompt - PROMPT - visual)), photo if sequence.images else None
+
+    def example(lengths: Tokenized) -> Example:
+        (answer,) = lengths.documents
+        query = Query(*side(lengths.query, lengths.prompt))
+        target = " ".join([WORD] * (len(lengths.query) - lengths.prompt))
+        return Example(query, Document(*side(answer, len(answer))), target, task=0)
+
+    assumed = assumed_batches(data, geometry, batches + MEASURED_BATCHES)
+    examples = [[example(lengths) for lengths in batch] for batch in assumed[:batches]]
+    capacity = measure_capacity(assumed[batches:], 4, chosen)
+
+    def made(batch: list[Example]) -> object:
+        return pack_batch([tokenize(each, processor, chosen) for each in batch], 4, capacity, processor, chosen)
+
+    made(examples[0])
+    seconds = interleaved({"pairs": made}, examples[1:], time.thread_time)["pairs"]
+    print(f"{batches - 1} batches of {count} pairs, median: {count / seconds:.0f} pairs/s of one core")
+    report({"pairs_per_second": count / seconds, "count": count, "row_length": row_length}, json)
 
 
 def packing(

@@ -194,7 +194,8 @@ def describe(report: Report, chip: Chip, devices: int) -> str:
         rows += [("bound by the network", _milliseconds(report.network_seconds))]
     for each in report.collectives:
         crossed = f", {each.crossed / GIB:.3f} GiB to other slices" if each.crossed else ""
-        rows += [(f"  {each.kind}", f"{each.count} runs, {each.sent / GIB:.3f} GiB sent{crossed}")]
+        sent = f"{each.sent / GIB:.3f} GiB sent, {each.exposed / GIB:.3f} of them exposed"
+        rows += [(f"  {each.kind}", f"{each.count} runs, {sent}{crossed}")]
     if report.exposed_seconds is not None:
         bound = report.bound_seconds
         mfu = report.model_flops / chip.bf16_flops / bound
