@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.bucket import Bucket
 from trace_jax.config import ROOT
 from trace_jax.data.builders.layout import did_of
 from trace_jax.retrieval import index as index_module
@@ -50,13 +51,54 @@ def test_exact_search_ranks_ties_by_row(chunk):
 def test_searchers_of_a_large_pool_are_merged(tmp_path, largest):
     x = with_ties()
     index = SearchIndex.build(x, np.arange(50), largest=largest)
-    assert index.about["searchers"] == -(-50 // largest)
-    index.save(epath.Path(tmp_path) / "pool")
-    for each in (index, SearchIndex.load(epath.Path(tmp_path) / "pool")):
+    assert len(index.about["searchers"]) == -(-50 // largest) and sum(index.about["searchers"]) == 50
+    folder = epath.Path(tmp_path) / "pool"
+    index.save(folder)
+    for each in (index, SearchIndex.load(folder), SearchIndex.load(folder, resident=False)):
         rows, scores = each.search(x, 12)
         expected, expected_scores = exact_search(x, x, 12)
         np.testing.assert_array_equal(rows, expected)
         np.testing.assert_allclose(scores, expected_scores, atol=1e-5)
+
+
+class Counted:
+    """A searcher that notes down how many of its kind there are at once."""
+
+    alive, most = 0, 0
+
+    def __init__(self, searcher) -> None:
+        self._searcher = searcher
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __getattr__(self, name: str):
+        return getattr(self._searcher, name)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_of_an_index_on_disk_one_searcher_is_in_memory(tmp_path, monkeypatch, resident):
+    x, folder, read = with_ties(), epath.Path(tmp_path) / "pool", index_module._load
+    SearchIndex.build(x, np.arange(50), largest=7).save(folder)
+    monkeypatch.setattr(Counted, "most", 0)
+    monkeypatch.setattr(index_module, "_load", lambda path: Counted(read(path)))
+    index = SearchIndex.load(folder, resident=resident)
+    for _ in range(2):
+        np.testing.assert_array_equal(index.search(x, 12)[0], exact_search(x, x, 12)[0])
+    assert Counted.most == (8 if resident else 1)
+
+
+def test_what_is_added_to_an_index_on_disk_stays(tmp_path):
+    x, folder = with_ties(), epath.Path(tmp_path) / "pool"
+    SearchIndex.build(x[:40], np.arange(40), largest=15).save(folder)
+    index = SearchIndex.load(folder, resident=False)
+    index.add(x[40:], np.arange(40, 50))
+    index.delete(np.array([3]))
+    index.save(folder)  # over the files that it came from
+    for each in (index, SearchIndex.load(folder)):
+        assert each.ids[each.search(x, 5)[0][49]].tolist()[:3] == [7, 30, 49]
 
 
 def test_more_ties_than_are_asked_for_are_ranked_by_row():
@@ -266,3 +308,20 @@ def test_kinds_follow_the_guidance_of_scann():
 
 def test_recall_against_a_reference():
     assert recall_against(np.array([[1, 2], [3, 4]]), np.array([[2, 9], [4, 3]])) == 0.75
+
+
+def test_an_index_in_a_bucket(tmp_path, monkeypatch):
+    bucket, x, folder = Bucket(tmp_path), with_ties(), epath.Path("gs://runs/pool")
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    try:
+        SearchIndex.build(x, np.arange(50), key="a", largest=20).save(folder)
+        assert len(bucket.objects()) > 6
+        for resident in (True, False):
+            index = SearchIndex.load(folder, resident=resident)
+            np.testing.assert_array_equal(index.search(x, 5)[0], exact_search(x, x, 5)[0])
+        index.delete(np.array([3]))
+        index.save(folder)
+        assert SearchIndex.load(folder).ids.tolist() == [*range(3), *range(4, 50)]
+    finally:
+        bucket.kill()

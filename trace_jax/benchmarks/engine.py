@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from trace_jax.benchmarks.measuring import report, timed
+from trace_jax.benchmarks.measuring import Clock, report, timed
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Query
 from trace_jax.model.vision import normalize_pixels
@@ -31,6 +31,8 @@ class Options:
     """Where its release is."""
     turns: int = 3
     """Of each measurement; the median counts."""
+    clock: Clock = "wall"
+    """Wall seconds or, where other programs run, those of this process on all its cores."""
     json: pathlib.Path | None = None
     """Where to write the figures."""
 
@@ -79,7 +81,7 @@ def engine(options: Flat = Options(), count: int = 2048) -> None:
     for size in (32, 64, 128):
         alone = _variant(retriever, batch_size=size)
         contestants[f"the others, {size} at once"] = lambda alone=alone: alone.encode_query(hard, "adaptive")
-    seconds = timed(contestants, options.turns)
+    seconds = timed(contestants, options.turns, options.clock)
     decoding = min(each for name, each in seconds.items() if name.startswith("the others"))
     ideal = seconds["direct, those that do not reason"] + decoding
     print(f"{len(queries)} test queries, {len(simple)} simple; {len(hard)} reason. {options.turns} turns, medians\n")
@@ -118,7 +120,7 @@ def drafts(options: Flat = Options(), count: int = 256) -> None:
                 guess.encode_query(taken[first : first + size], "adaptive")
 
         runs = {str(number): lambda guess=guess, encode=encode: encode(guess) for number, guess in guessing.items()}
-        seconds = timed(runs, options.turns)
+        seconds = timed(runs, options.turns, options.clock)
         for number, guess in guessing.items():
             rate, work = len(taken) / seconds[str(number)], guess.work
             accepted = (work.tokens / work.useful - 1) / number if number else 0.0
@@ -166,7 +168,7 @@ def transformers(options: Flat = Options(), count: int = 128) -> None:
         contestants[f"direct, transformers, {size} at once"] = lambda batches=direct: theirs.embed(batches)
         contestants[f"always, transformers, {size} at once"] = lambda batches=always: theirs.write(batches)
     outputs = {name: contestant() for name, contestant in contestants.items()}
-    seconds = timed(contestants, options.turns)
+    seconds = timed(contestants, options.turns, options.clock)
     for name, each in seconds.items():
         print(f"{name:36}{each:8.2f} s")
     written = outputs["always, trace_jax"]

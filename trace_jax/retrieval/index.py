@@ -11,9 +11,9 @@ import hashlib
 import itertools
 import json
 import math
-import pathlib
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,7 @@ MARGIN = 16  # neighbours fetched beyond k, to break ties at the edge by did
 LARGEST = 4_000_000  # candidates of one ScaNN searcher
 RESCORED = 256  # neighbours that hashing hands to exact scores, or as many as are asked for if more
 ADDED = 256  # candidates that ScaNN adds at once
+COPIED = 1 << 24  # bytes that are copied at once
 EXPORTED = 10_000  # candidates of a file for Vertex AI
 
 
@@ -48,17 +49,17 @@ class SearchIndex:
     A large pool is several searchers, whose results are merged at query time.
     """
 
-    def __init__(self, searchers: list[Any], members: list[np.ndarray], about: dict[str, Any]) -> None:
+    def __init__(self, searchers: Sequence[Any], members: list[np.ndarray], kind: str, key: str) -> None:
         """`members` are the dids of each searcher, int64, in its own order."""
         self._searchers, self._members = searchers, members
-        self.about = about
+        self._kind, self._key = kind, key
         self._number()
 
     def _number(self) -> None:
         """Gives candidates their rows; says what is there."""
         self.ids = np.sort(np.concatenate(self._members))  # [n] int64: dids as integers, ascending
         self._rows = [np.searchsorted(self.ids, members) for members in self._members]
-        self.about = self.about | _counted(self.ids)
+        self.about = _about(self._members, self._kind, self._key)
 
     @classmethod
     def build(cls, vectors: np.ndarray, ids: np.ndarray, *, key: str = "", largest: int = LARGEST) -> "SearchIndex":
@@ -67,7 +68,8 @@ class SearchIndex:
         Raises ValueError for none.
         """
         parts = _parts(len(ids), largest)
-        return cls([_build(vectors[part]) for part in parts], [ids[part] for part in parts], _about(parts, key))
+        members = [ids[part] for part in parts]
+        return cls([_build(vectors[part]) for part in parts], members, kind_for(len(members[0])), key)
 
     def add(self, vectors: np.ndarray, ids: np.ndarray) -> None:
         """Adds vectors [m, D] float32 of new dids [m] int64.
@@ -78,6 +80,7 @@ class SearchIndex:
         if len(np.unique(ids)) < len(ids) or np.isin(ids, self.ids).any():
             twice = next(did for number, did in enumerate(ids) if did in self.ids or did in ids[:number])
             raise ValueError(f"candidate {did_of(int(twice))} is in the index already; delete it first")
+        self._searchers = list(self._searchers)  # what is on disk stays as it is until it is saved
         smallest = min(range(len(self._searchers)), key=lambda part: len(self._members[part]))
         inner = self._searchers[smallest].searcher
         inner.upsert([None] * len(ids), np.ascontiguousarray(vectors, np.float32), ADDED)
@@ -93,6 +96,7 @@ class SearchIndex:
             raise ValueError(f"candidate {did_of(int(missing[0]))} is not in the index")
         if len(gone) == len(self.ids) or any(np.isin(members, gone).all() for members in self._members):
             raise ValueError("a searcher without candidates cannot be searched; build the index anew")
+        self._searchers = list(self._searchers)
         for part, searcher in enumerate(self._searchers):
             members = self._members[part].copy()
             for place in np.flatnonzero(np.isin(members, gone))[::-1].tolist():
@@ -104,19 +108,25 @@ class SearchIndex:
 
     def save(self, folder: epath.Path) -> None:
         """Writes the index, in place of another."""
-        _write(folder, iter(self._searchers), np.concatenate(self._members), self.about)
+        searchers = list(self._searchers)
+        _write(folder, searchers.__getitem__, np.concatenate(self._members), self.about)
 
     @classmethod
-    def load(cls, folder: epath.Path) -> "SearchIndex":
-        """Reads an index. Raises MissingStageError for none."""
+    def load(cls, folder: epath.Path, *, resident: bool = True) -> "SearchIndex":
+        """Reads an index. Raises MissingStageError for none.
+
+        One that is not `resident` has its searchers on disk, and reads one after another at every search: only that one
+        is in memory.
+        """
         about = artifacts.read_json(folder / artifacts.MARK)
-        if about is None or "searchers" not in about:
+        if about is None or not isinstance(about.get("searchers"), list):
             raise artifacts.MissingStageError(
                 f"no index in {folder}: run `make quickstart` (or launch/build_index.py) first"
             )
-        searchers = [_load(folder / f"{number:05d}") for number in range(about["searchers"])]
-        ends = np.cumsum([searcher.size() for searcher in searchers])
-        return cls(searchers, np.split(artifacts.read_arrays(folder / "ids.npz")["ids"], ends[:-1]), about)
+        ends = np.cumsum(about["searchers"])
+        members = np.split(artifacts.read_arrays(folder / "ids.npz")["ids"], ends[:-1])
+        stored = _Stored(folder, len(members))
+        return cls(list(stored) if resident else stored, members, about["kind"], about["key"])
 
     def search(self, queries: np.ndarray, k: int, *, leaves: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The min(k, n) best rows for queries [q, D] float32: rows [q, k] int64 and scores [q, k] float32.
@@ -125,13 +135,26 @@ class SearchIndex:
         -inf. `leaves` of a tree are looked into instead of the tenth that it was built for.
         """
         k = min(k, len(self.ids))
-        parts = [
-            _search(searcher, queries, k, rows, leaves)
-            for searcher, rows in zip(self._searchers, self._rows, strict=True)
-        ]
+        # Asked for one at a time: a loop would hold the last one while it reads the next.
+        parts = [_search(self._searchers[part], queries, k, rows, leaves) for part, rows in enumerate(self._rows)]
         rows, scores = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         order = np.lexsort((rows, -scores), axis=-1)[:, :k]
         return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)
+
+
+class _Stored(Sequence[Any]):
+    """The searchers of an index on disk, each read when it is asked for."""
+
+    def __init__(self, folder: epath.Path, count: int) -> None:
+        self._folder, self._count = folder, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return _load(self._folder / f"{number:05d}")
 
 
 class ExactIndex:
@@ -139,7 +162,7 @@ class ExactIndex:
 
     def __init__(self, vectors: Vectors, ids: np.ndarray, key: str) -> None:
         self._vectors, self.ids = vectors, ids
-        self.about = {"key": key, "kind": "none"} | _counted(ids)
+        self.about = _about([ids], "none", key)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As `exact_search`."""
@@ -151,21 +174,18 @@ def write_index(
 ) -> None:
     """`SearchIndex.build` and `save`, but for one searcher at a time: no more vectors than its own are in memory."""
     parts = _parts(len(ids), largest)
-    _write(folder, (_build(vectors[part]) for part in parts), ids, _about(parts, key) | _counted(ids))
+    _write(folder, lambda number: _build(vectors[parts[number]]), ids, _about_new(ids, key, largest))
 
 
-def _write(folder: epath.Path, searchers: Iterator[Any], ids: np.ndarray, about: dict[str, Any]) -> None:
-    """Writes an index; its mark comes last, so that a torn one is never loaded. `ids` are in the searchers' order."""
+def _write(folder: epath.Path, searcher: Callable[[int], Any], ids: np.ndarray, about: dict[str, Any]) -> None:
+    """Writes an index, whose searchers are asked for one at a time; its mark comes last, so that a torn one is never
+    loaded. `ids` are in the searchers' order.
+    """
     if folder.exists():
         (folder / artifacts.MARK).unlink(missing_ok=True)
         folder.rmtree()
-    for number, searcher in enumerate(searchers):
-        part = folder / f"{number:05d}"
-        part.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            searcher.serialize(temporary, relative_path=True)
-            for path in sorted(pathlib.Path(temporary).iterdir()):
-                (part / path.name).write_bytes(path.read_bytes())
+    for number in range(len(about["searchers"])):
+        _save(searcher(number), folder / f"{number:05d}")
     artifacts.write_arrays(folder / "ids.npz", ids=ids)
     artifacts.write_json(folder / artifacts.MARK, about)
 
@@ -178,17 +198,17 @@ def _parts(count: int, largest: int) -> list[slice]:
     return [slice(first, last) for first, last in itertools.pairwise(bounds)]
 
 
-def _about(parts: list[slice], key: str) -> dict[str, Any]:
-    """What an index is; nothing that differs from build to build."""
-    return {"key": key, "kind": kind_for(parts[0].stop), "searchers": len(parts)}
+def _about(members: list[np.ndarray], kind: str, key: str) -> dict[str, Any]:
+    """What an index is, with the candidates of each searcher; nothing that differs from build to build."""
+    ids = np.sort(np.concatenate(members))
+    digest = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+    return {"key": key, "kind": kind, "candidates": len(ids), "dids": digest, "searchers": [*map(len, members)]}
 
 
-def _counted(ids: np.ndarray) -> dict[str, Any]:
-    return {"candidates": len(ids), "dids": _digest(ids)}
-
-
-def _digest(ids: np.ndarray) -> str:
-    return hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+def _about_new(ids: np.ndarray, key: str, largest: int = LARGEST) -> dict[str, Any]:
+    """What the index of these candidates is when it has just been built."""
+    members = [ids[part] for part in _parts(len(ids), largest)]
+    return _about(members, kind_for(len(members[0])), key)
 
 
 def _build(vectors: np.ndarray) -> Any:
@@ -208,13 +228,30 @@ def _build(vectors: np.ndarray) -> Any:
     return builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(RESCORED).build()
 
 
+def _save(searcher: Any, folder: epath.Path) -> None:
+    """Writes a searcher into a new folder, local or gs://."""
+    folder.mkdir(parents=True)
+    if "://" not in str(folder):
+        searcher.serialize(str(folder), relative_path=True)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        searcher.serialize(temporary, relative_path=True)
+        _copy_files(epath.Path(temporary), folder)
+
+
 def _load(folder: epath.Path) -> Any:
     if "://" not in str(folder):
         return scann_ops_pybind.load_searcher(str(folder))
     with tempfile.TemporaryDirectory() as temporary:
-        for path in folder.iterdir():
-            (pathlib.Path(temporary) / path.name).write_bytes(path.read_bytes())
+        _copy_files(folder, epath.Path(temporary))
         return scann_ops_pybind.load_searcher(temporary)
+
+
+def _copy_files(source: epath.Path, target: epath.Path) -> None:
+    """Copies the files of a folder, which may be larger than memory."""
+    for path in source.iterdir():
+        with path.open("rb") as old, (target / path.name).open("wb") as new:
+            shutil.copyfileobj(old, new, COPIED)
 
 
 def _search(
@@ -328,7 +365,7 @@ def open_index(config: Config, benchmark: Benchmark, pool: str, key: str | None 
         store, ids = CandidateVectors(config, benchmark), benchmark.ids(pool)
         index = ExactIndex(store.of(ids), ids, store.index_key)
     else:
-        index = SearchIndex.load(index_folder(config, benchmark, pool))
+        index = SearchIndex.load(index_folder(config, benchmark, pool), resident=False)
     if key not in (None, index.about["key"]):
         raise artifacts.MissingStageError(
             f"what {pool} is searched with is of another checkpoint or release: run launch/embed.py and build_index.py"
@@ -345,8 +382,7 @@ def build_indexes(config: Config, benchmark: Benchmark) -> int:
     for pool in tqdm(sharding.dealt(benchmark.all_pools), desc="indexing", unit="pool", dynamic_ncols=True):
         ids = benchmark.ids(pool)
         folder = index_folder(config, benchmark, pool)
-        about = artifacts.read_json(folder / artifacts.MARK) or {}
-        if (about.get("key"), about.get("dids")) != (store.index_key, _digest(ids)):
+        if artifacts.read_json(folder / artifacts.MARK) != _about_new(ids, store.index_key):
             write_index(folder, store.of(ids), ids, key=store.index_key)
             built += 1
     multihost_utils.sync_global_devices("indexed")
