@@ -193,8 +193,18 @@ def check(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[in
 def read(file: pathlib.Path, name: str, source: Source, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Tensor `name` of a file as an array `like` this one, in our layout; local shards' parts alone, once each.
 
-    The file is mapped for this tensor alone: pages of a mapped file count as the process's memory. Raises ValueError
-    for a damaged file.
+    The devices turn what is transposed in the file: a host is slow at it. Raises ValueError for a damaged file.
+    """
+    if not source.transposed:
+        return _read_as_stored(file, name, source, like)
+    turn = jax.jit(jnp.transpose, out_shardings=like.sharding)
+    return jax.block_until_ready(turn(_read_as_stored(file, name, source, _turned(like))))
+
+
+def _read_as_stored(file: pathlib.Path, name: str, source: Source, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """As `read`, in the file's layout, a matrix of the patch convolution.
+
+    The file is mapped for this tensor alone: pages of a mapped file count as the process's memory.
     """
     try:
         with safetensors.safe_open(file, framework="np") as handle:
@@ -204,18 +214,23 @@ def read(file: pathlib.Path, name: str, source: Source, like: jax.ShapeDtypeStru
             def part(index: tuple[slice, ...] | None) -> np.ndarray:
                 index = index or (slice(None),) * len(like.shape)
                 if str(index) not in parts:
-                    if len(source.shape) > 2:  # the patch convolution: small, and flattened
-                        values = stored[...].reshape(source.shape[0], -1).T[index]
-                    elif source.transposed:
-                        values = stored[index[::-1]].T
-                    else:
-                        values = stored[index]
-                    parts[str(index)] = np.ascontiguousarray(values.astype(like.dtype, copy=False))
+                    flat = len(source.shape) == len(like.shape)  # all but the patch convolution, which is small
+                    values = stored[index] if flat else stored[...].reshape(like.shape)[index]
+                    parts[str(index)] = values.astype(like.dtype, copy=False)
                 return parts[str(index)]
 
             return jax.block_until_ready(jax.make_array_from_callback(like.shape, like.sharding, part))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is no safetensors file, or damaged: {error}") from error
+
+
+def _turned(matrix: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The transpose of a matrix, split as that is."""
+    sharding = matrix.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        rows, columns = (*sharding.spec, None, None)[:2]
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(columns, rows))
+    return jax.ShapeDtypeStruct(matrix.shape[::-1], matrix.dtype, sharding=sharding)
 
 
 def _read_safetensors(
@@ -226,28 +241,30 @@ def _read_safetensors(
     check(checkpoint.shapes, {key: source.shape for source in table.values() for key in source.keys}, "config.json")
     owners = {key: (path, layer) for path, source in table.items() for layer, key in enumerate(source.keys)}
     arrays: dict[str, jax.Array] = {}
-    place: dict[str, Callable[..., jax.Array]] = {}
     wanted = {path: _floating(abstract[path]) for path in table}
     stacks = [path for path, source in table.items() if source.stacked]
-    for path in (*stacks, *(f"{path}_scale" for path in stacks if abstract[path].dtype == jnp.int8)):
+    stacks += [f"{path}_scale" for path in stacks if abstract[path].dtype == jnp.int8]
+    for path in stacks:
         like = abstract[path]
-        arrays[path] = jax.jit(functools.partial(jnp.zeros, like.shape, like.dtype), out_shardings=like.sharding)()
-        place[path] = jax.jit(
-            lambda stack, one, layer: jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0),
-            donate_argnums=0,
-            out_shardings=like.sharding,
-        )
+        zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=like.sharding)
+        arrays[path] = zeros(like.shape, like.dtype)
     for file, tensors in zip(checkpoint.files, checkpoint.tensors, strict=True):
         with staged(file) as local:
             for key, name in tensors.items():
                 path, layer = owners[key]
-                if path in place:
-                    one = read(local, name, table[path], _of_layer(wanted[path]))
-                    for part, value in _stored(path, one, abstract).items():
-                        arrays[part] = place[part](arrays[part], value, layer)
-                else:
+                if not table[path].stacked:
                     arrays[path] = read(local, name, table[path], abstract[path])
+                    continue
+                one = read(local, name, table[path], _of_layer(wanted[path]))
+                for part, value in _stored(path, one, abstract).items():
+                    put = jax.jit(_put_layer, donate_argnums=0, out_shardings=abstract[part].sharding)
+                    arrays[part] = put(arrays[part], value, layer)
     return arrays
+
+
+def _put_layer(stack: jax.Array, one: jax.Array, layer: int) -> jax.Array:
+    """The stack with one of its layers set."""
+    return jax.lax.dynamic_update_index_in_dim(stack, one, layer, 0)
 
 
 def _of_layer(stack: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -332,7 +349,7 @@ def load(
     else:
         arrays = _read_safetensors(folder, table, abstract)
 
-    new = [path for path in abstract if path not in arrays]
+    new = [path for path in abstract if path not in arrays and path != "emb_row"]
 
     def fresh() -> dict[str, jax.Array]:
         drawn = flat_parameters(make())
@@ -377,19 +394,37 @@ def merged_layer(
 
     LoRA is added into its kernel in float32, emb_row put into its rows.
     """
-    whole = leaves[path]
-    value = whole if layer is None else whole[layer]
     module, _, leaf = path.rpartition("/")
+    adapter, scale, row = None, 0.0, None
     if leaf == "kernel" and f"{module}/lora_a" in leaves:
         block, name = module.split("/")[-2:]
+        adapter = leaves[f"{module}/lora_a"], leaves[f"{module}/lora_b"]
         scale = getattr(getattr(model.language.layers, block), name).scale
-        lora_a, lora_b = leaves[f"{module}/lora_a"][layer], leaves[f"{module}/lora_b"][layer]
-        value = with_adapter(value, lora_a, lora_b, scale)
+    if model.emb_token_id is not None and path in HEADS:
+        row = leaves["emb_row"]
+    axis = int(path == HEADS[0])  # the head is transposed
+    return _merged(leaves[path], adapter, row, layer, model.emb_token_id, scale=scale, axis=axis, dtype=dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "axis", "dtype"))
+def _merged(
+    value: jax.Array,
+    adapter: tuple[jax.Array, jax.Array] | None,
+    row: jax.Array | None,
+    layer: int | None,
+    token: int | None,
+    *,
+    scale: float,
+    axis: int,
+    dtype: np.dtype,
+) -> jax.Array:
+    if layer is not None:
+        value, adapter = jax.tree.map(lambda stack: stack[layer], (value, adapter))
+    if adapter is not None:
+        value = with_adapter(value, *adapter, scale)
     value = value.astype(dtype)
-    if model.emb_token_id is not None and path == "language/embed_tokens/embedding":
-        value = value.at[model.emb_token_id].set(leaves["emb_row"].astype(dtype))
-    if model.emb_token_id is not None and path == "lm_head/kernel":
-        value = value.at[:, model.emb_token_id].set(leaves["emb_row"].astype(dtype))
+    if row is not None and token is not None:
+        value = jax.lax.dynamic_update_index_in_dim(value, row.astype(dtype), token, axis)
     return value
 
 
