@@ -1,8 +1,10 @@
 """Tests run on eight CPU devices, with strict promotion of dtypes and ranks; warnings are errors (pyproject.toml)."""
 
+import atexit
 import dataclasses
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,6 +24,12 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Many tests trace the same program anew: a process compiles it once.
+COMPILED = tempfile.TemporaryDirectory(prefix="trace_jax_compiled_")
+atexit.register(COMPILED.cleanup)
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, Optimizer, Training
 from trace_jax.data.builders import mbeir

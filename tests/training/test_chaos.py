@@ -15,6 +15,7 @@ from tests.programs import flags, start
 from trace_jax.config import ROOT, Config, load_config
 
 KILLS = 20
+STEPS, EVERY = 300, 3  # of a run, and between its checkpoints
 # Prints the step of the newest checkpoint and the hash of all its parameters.
 DIGEST = """
 import hashlib, sys
@@ -79,24 +80,29 @@ def test_a_bucket_that_dies_during_a_save_loses_nothing(tiny_config, tmp_path, b
     assert any("metrics.jsonl" in name for name in bucket.objects())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["local", "bucket"])
-def test_killed_at_random_it_ends_with_the_same_parameters(tiny_config, tmp_path, bucket, place):
-    steps, every = 300, 3
-    straight = configured(tiny_config, str(tmp_path / "straight"), steps, every)
+@pytest.fixture(scope="module")
+def straight(tiny_config, tmp_path_factory):
+    """The digest of a run that is left in peace; its seconds up to the first checkpoint, and from there on."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = configured(tiny_config, str(folder), STEPS, EVERY)
     began = time.monotonic()
-    process = start("train", straight)
-    while not any((tmp_path / "straight" / "checkpoints").glob("[0-9]*[0-9]")):
+    process = start("train", config)
+    while not any((folder / "checkpoints").glob("[0-9]*[0-9]")):
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)
     ready = time.monotonic() - began
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
-    training = time.monotonic() - began - ready
+    return digest(config), ready, time.monotonic() - began - ready
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_killed_at_random_it_ends_with_the_same_parameters(tiny_config, tmp_path, straight, bucket, place):
+    expected, ready, training = straight
     folder = {"local": str(tmp_path / "killed"), "bucket": "gs://runs/killed"}[place]
     environment = bucket.environment if place == "bucket" else {}
-    killed = configured(tiny_config, folder, steps, every)
+    killed = configured(tiny_config, folder, STEPS, EVERY)
     rng, ended = random.Random(0), []
     for _ in range(KILLS):
         process = start("train", killed, **environment)
@@ -107,4 +113,4 @@ def test_killed_at_random_it_ends_with_the_same_parameters(tiny_config, tmp_path
     assert ended.count(0) < KILLS / 2 and len(set(ended)) > 1  # it was still at work
     said = finish(killed, **environment)
     assert "going on from checkpoint" in said or 0 in ended
-    assert digest(killed, **environment) == digest(straight)
+    assert digest(killed, **environment) == expected

@@ -91,7 +91,7 @@ def prepare(run_dir: str) -> None:
 def prepare_logging() -> None:
     """Plain lines for people; libraries speak up only to warn."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for library in ("absl", "jax", "apache_beam"):
+    for library in ("absl", "jax", "apache_beam", "fsspec", "gcsfs"):
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
