@@ -167,10 +167,12 @@ def _dids(record: dict[str, Any], name: str, where: str) -> list[str]:
     given = record.get(name) or []
     if not isinstance(given, list):
         raise ReleaseError(f"{where}: {name} is {given!r}; it is a list of ids")
-    found = [item.get("did") if isinstance(item, dict) else item for item in given]
-    for item, did in zip(given, found, strict=True):
+    found = []
+    for item in given:
+        did = item["did"] if isinstance(item, dict) and "did" in item else item
         if not _is_id(did, _DIDS):
             raise ReleaseError(f'{where}: {item!r} in {name} is no id like "7:341"')
+        found.append(did)
     return found
 
 
