@@ -47,7 +47,8 @@ def run(tiny_config, tmp_path_factory) -> Config:
     for path, leaf in weights.flat_parameters(model).items():
         if path.startswith("projector/") or path.endswith(("lora_b", "emb_row")):
             key, use = jax.random.split(key)
-            leaf[...] = leaf[...] + jax.device_put(0.1 * jax.random.normal(use, leaf.shape), leaf[...].sharding)
+            scale = 0.02 if path == "emb_row" else 0.1  # as other tokens' rows: it is not what every query begins with
+            leaf[...] = leaf[...] + jax.device_put(scale * jax.random.normal(use, leaf.shape), leaf[...].sharding)
     _, trainable, _ = split_model(model, config.model.trainable)
     checkpoints = Checkpoints(config, model_identity(config))
     optimizer = make_optimizer(config.optimizer, config.training.steps)

@@ -164,4 +164,4 @@ def test_a_bfloat16_base_has_float32_adapters_through_a_checkpoint(fresh_config)
     _, again, base = split_model(restored[1], config.model.trainable)
     for ours, theirs in ((moved, again), (frozen, base)):
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-        assert jax.tree.map(jnp.dtype, ours) == jax.tree.map(jnp.dtype, theirs)
+        assert jax.tree.map(lambda leaf: leaf.dtype, ours) == jax.tree.map(lambda leaf: leaf.dtype, theirs)

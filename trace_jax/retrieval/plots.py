@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.typing import RcKeyType
 
 from trace_jax.retrieval.tables import Row, Table
 
@@ -16,7 +18,7 @@ CURVES = (
 )
 COLOURS = ("#4c7ee8", "#e07b39")
 _GREY = "#8a8f98"
-_STYLE: dict[str, Any] = {
+_STYLE: dict[RcKeyType, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "trace",
     "font.size": 9,
@@ -68,13 +70,17 @@ def points(table: Table) -> str:
         axes.set_xlim(-0.5, len(table.columns) - 0.5)
         axes.set_ylim(0, 100)
         axes.set_ylabel("%")
+
+        def mark(row: Row, marker: str, **style: Any) -> None:
+            axes.plot(np.asarray(row.values, float), marker, **style)  # None is drawn as a gap
+
         for number, row in enumerate(row for row in published if row is not best):
             label = None if number else "other published rows"
-            axes.plot(row.values, "o", color=_GREY, markersize=3, alpha=0.6, label=label)
+            mark(row, "o", color=_GREY, markersize=3, alpha=0.6, label=label)
         if best is not None:
-            axes.plot(best.values, "o", color=COLOURS[0], markersize=5, label=f"{best.name}, best on average")
+            mark(best, "o", color=COLOURS[0], markersize=5, label=f"{best.name}, best on average")
         for row, marker in zip(ours, "Ds", strict=False):
-            axes.plot(row.values, marker, color=COLOURS[1], markersize=6, label=row.name)
+            mark(row, marker, color=COLOURS[1], markersize=6, label=row.name)
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         return _svg(figure)
 

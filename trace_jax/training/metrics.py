@@ -69,7 +69,7 @@ class MetricLog:
         means["tokens_per_second"] = float(summed["tokens"].total) / seconds
         means |= _devices(self._step_flops * steps / seconds)
         self._sums, self._waited, self._aside, self._last = [], 0.0, 0.0, (now, step)
-        self._rows.append({"step": step} | {name: round(value, 6) for name, value in means.items()})
+        self._rows.append({"step": step} | {name: float(f"{value:.7g}") for name, value in means.items()})
         if self._writes:  # beside its place, then renamed: a kill in between loses no row
             partial = self._file.with_name(f".{self._file.name}.partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
