@@ -1,7 +1,7 @@
 """Embeds the candidates of a release: `python launch/embed.py [config] [--untrained] [overrides]`.
 
 Stopped anywhere, the same command goes on; what is done is skipped. `--untrained` takes the base alone, into
-runs/<config>_untrained. Started on several hosts at once, each embeds its share, on its own devices alone
+<run>_untrained. Started on several hosts at once, each embeds its share, on its own devices alone
 (`--evaluation.mesh`), into a run directory that all of them see.
 """
 

@@ -41,3 +41,17 @@ def test_an_empty_choice_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         program.arguments(["emoji_tiny", option, ""], None)
     assert "name at least one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ([], "runs/quickstart_untrained"),
+        (["--workdir", "runs/mine/"], "runs/mine_untrained"),
+        (["--workdir", "gs://bucket/mine"], "gs://bucket/mine_untrained"),
+    ],
+)
+def test_the_base_alone_is_measured_beside_the_run_and_not_in_it(options, folder):
+    config, _ = program.arguments(["emoji_tiny", "--untrained", *options], None)
+    assert config.run_dir == folder
+    assert program.arguments(["emoji_tiny", *options], None)[0].run_dir in (folder[: -len("_untrained")], "runs/mine/")

@@ -59,7 +59,7 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
         epilog="Overrides are those of launch/train.py, e.g. --evaluation.batch-size 64 --workdir runs/mine.",
         allow_abbrev=False,
     )
-    parser.add_argument("--untrained", action="store_true", help="the base alone, in runs/<config>_untrained")
+    parser.add_argument("--untrained", action="store_true", help="the base alone, in <run>_untrained")
     parser.add_argument("--benchmark", default="", help="the release to search and measure on (evaluation.benchmark)")
     parser.add_argument(
         "--modes", type=_among(*MODES, "external"), default=("direct",), help="modes to run beside --evaluation.mode"
@@ -77,8 +77,8 @@ def arguments(given: Sequence[str], about: str | None) -> tuple[Config, Any]:
     if options.benchmark:
         searched = dataclasses.replace(chosen.evaluation, benchmark=options.benchmark)
         chosen = dataclasses.replace(chosen, evaluation=searched)
-    if options.untrained and not chosen.workdir:
-        chosen = dataclasses.replace(chosen, workdir=f"runs/{chosen.name}_untrained")
+    if options.untrained:  # never in the run itself, whose vectors and figures it would replace
+        chosen = dataclasses.replace(chosen, workdir=f"{chosen.run_dir.rstrip('/')}_untrained")
     return chosen, options
 
 
