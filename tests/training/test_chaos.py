@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import random
 import signal
 import subprocess
@@ -82,35 +83,45 @@ def test_a_bucket_that_dies_during_a_save_loses_nothing(tiny_config, tmp_path, b
 
 @pytest.fixture(scope="module")
 def straight(tiny_config, tmp_path_factory):
-    """The digest of a run that is left in peace; its seconds up to the first checkpoint, and from there on."""
+    """The digest of a run that is left in peace, and the seconds up to its first checkpoint."""
     folder = tmp_path_factory.mktemp("straight")
     config = configured(tiny_config, str(folder), STEPS, EVERY)
     began = time.monotonic()
     process = start("train", config)
-    while not any((folder / "checkpoints").glob("[0-9]*[0-9]")):
+    while not newest(folder):
         assert process.poll() is None, process.communicate()[1][-3000:]
         time.sleep(0.05)
     ready = time.monotonic() - began
     _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
-    return digest(config), ready, time.monotonic() - began - ready
+    return digest(config), ready
+
+
+def newest(run: pathlib.Path) -> int:
+    """The step of the newest checkpoint, which may not be whole yet."""
+    return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["local", "bucket"])
 def test_killed_at_random_it_ends_with_the_same_parameters(tiny_config, tmp_path, straight, bucket, place):
-    expected, ready, training = straight
-    folder = {"local": str(tmp_path / "killed"), "bucket": "gs://runs/killed"}[place]
+    expected, ready = straight
+    folder = {"local": tmp_path / "killed", "bucket": tmp_path / "bucket" / "runs" / "killed"}[place]
     environment = bucket.environment if place == "bucket" else {}
-    killed = configured(tiny_config, folder, STEPS, EVERY)
+    killed = configured(tiny_config, "gs://runs/killed" if place == "bucket" else str(folder), STEPS, EVERY)
     rng, ended = random.Random(0), []
     for _ in range(KILLS):
+        began, goal = newest(folder), EVERY * rng.randint(0, 4)
         process = start("train", killed, **environment)
-        time.sleep(rng.uniform(0.5 * ready, ready + 0.15 * training))
+        if not goal:
+            time.sleep(rng.uniform(0, ready))  # while it starts
+        while process.poll() is None and newest(folder) < began + goal:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))  # in a step, or while its checkpoint is written
         process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
         process.communicate()
         ended.append(process.returncode)
-    assert ended.count(0) < KILLS / 2 and len(set(ended)) > 1  # it was still at work
-    said = finish(killed, **environment)
-    assert "going on from checkpoint" in said or 0 in ended
+    # It was still at work, each time, and ended by nothing else.
+    assert len(set(ended)) > 1 and set(ended) <= {-signal.SIGKILL, -signal.SIGTERM, os.EX_TEMPFAIL}
+    assert "going on from checkpoint" in finish(killed, **environment)
     assert digest(killed, **environment) == expected
