@@ -1,5 +1,6 @@
 """The training step beside transformers with PEFT."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ def train_step(config: str = "emoji_tiny", steps: int = 8, json: pathlib.Path | 
     """Seconds of a training step on one device: ours beside transformers with PEFT, same pairs, loss and precision.
 
     Theirs as it is commonly written: one padded batch of queries, one of documents, the head on supervised tokens
-    alone, AdamW. The two losses of the first batch are printed: they must agree.
+    alone, InfoNCE from query to document, AdamW. The two losses of the first batch are printed: they must agree.
 
     Args:
         config: of configs/; its base must be there, its release built.
@@ -40,6 +41,7 @@ def train_step(config: str = "emoji_tiny", steps: int = 8, json: pathlib.Path | 
         json: where to write the figures.
     """
     chosen = load_config(config)
+    chosen = dataclasses.replace(chosen, loss=dataclasses.replace(chosen.loss, both_directions=False))
     processor = Processor.from_hf(chosen.model.base, chosen.data)
     mesh = sharding.make_mesh(chosen.mesh, jax.devices()[:1])
     pipeline = host_batches(chosen, processor, mesh)
