@@ -1,7 +1,6 @@
 """What trains, what does not, and in which dtypes."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -139,10 +138,9 @@ def test_what_trains_is_float32_whatever_the_base_is(tiny_config, trainable):
     shardings = jax.tree.map(lambda array: array.sharding, TrainState(chosen, state))
     step = make_train_step(graph, optimizer, processor.emb, config, shardings)
     batch = sharding.to_devices(host_batches(config, processor, mesh).batches[0], mesh)
-    run = step if trainable == FULL else functools.partial(jax.eval_shape, step)  # dtypes are known without a run
     with jax.set_mesh(mesh):
-        after, measured = run(TrainState(chosen, state), frozen, batch)
-    assert trainable != FULL or np.isfinite(float(measured["loss"].value()))
+        after, measured = step(TrainState(chosen, state), frozen, batch)
+    assert np.isfinite(float(measured["loss"].value()))
     assert {leaf.dtype for leaf in jax.tree.leaves(after) if leaf.ndim} == {jnp.dtype(jnp.float32)}
 
 
