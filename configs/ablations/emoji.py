@@ -13,7 +13,8 @@ config = Suite(
     options=(
         *("--data.release", "emoji_mini"),
         *("--data.batch-size", "48", "--data.hard-negatives", "0"),
-        *("--training.steps", "60"),
+        *("--optimizer.warmup-steps", "8"),
+        *("--training.steps", "80"),
     ),
     variants={
         "trace": (),

@@ -1,4 +1,5 @@
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -102,3 +103,14 @@ def test_a_trace_goes_on_where_the_prompt_ends(processor):
 def test_a_base_that_is_not_there_is_named(tiny_config):
     with pytest.raises(FileNotFoundError, match="no Hugging Face model in nowhere"):
         Processor.from_hf("nowhere", tiny_config.data)
+
+
+def test_the_same_image_file_is_one_object_while_it_is_in_use(processor):
+    """Whatever the record's name; two that ask about it hold it once, and nothing is kept of it afterwards."""
+    data, other = picture(20), picture(30)
+    first, again = processor.patches(data, "query 1"), processor.patches(bytes(bytearray(data)), "query 2")
+    assert first is again
+    assert processor.patches(other) is not first
+    gone = weakref.ref(first)
+    del first, again
+    assert gone() is None

@@ -188,6 +188,20 @@ def test_decoding_equals_reading(scan):
         np.testing.assert_allclose(state, expected[np.arange(4)[:, None], at], atol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_chosen_states_are_those_of_all(scan):
+    """The last layer is computed for them alone; keys and values are kept of all tokens as ever."""
+    model, inputs = make(scan_layers=scan), tiny.inputs()
+    shards, rows, length = inputs.tokens.shape
+    at = np.stack([np.random.default_rng(shard).permutation(rows * length)[:5] for shard in range(shards)])
+    at = at.astype(np.int32)
+    hidden, cache = jax.jit(lambda m, x: m.prefill(x))(model, inputs)
+    chosen, kept = jax.jit(lambda m, x: m.prefill(x, at=at))(model, inputs)
+    expected = np.take_along_axis(np.asarray(hidden).reshape(shards, rows * length, -1), at[..., None], axis=1)
+    np.testing.assert_allclose(chosen, expected, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), kept, cache)
+
+
 def test_parameter_paths():
     paths = weights.flat_parameters(make())
     for path, shape in {

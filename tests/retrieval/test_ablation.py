@@ -70,6 +70,13 @@ def test_the_page_compares_seed_by_seed():
     assert drawn[3:6] == ["57.0 ± 7.1", "52.5 ± 14.8", "cannot be told"]
     assert "| always | 49.0 ± 7.1 | 52.0 ± 7.1 | 4.0 ± 0.0 |" in page  # complex, simple, queries per second
     assert "1.5 hours" in page and "`--data.trace none`" in page
+    assert "--only" not in page
+
+
+def test_the_page_says_what_was_not_run():
+    suite = Suite("x", seeds=(0,), variants={"trace": (), "no_trace": (), "lora_small": ()})
+    page = describe(suite, {"trace": [made_up(50)], "no_trace": [made_up(40)]}, 1.5)
+    assert "`python launch/ablate.py x --only trace no_trace` (not run: lora_small): 2 variants" in page
 
 
 @pytest.mark.parametrize("labelled", [True, False])
@@ -116,7 +123,7 @@ def test_a_suite_goes_on_after_what_is_done(tiny_config: Config, tmp_path, monke
     names = ["trace_0", "trace_1", "trace_1", "no_trace_0", "no_trace_1"]
     assert measured == [f"runs/ablations/tiny/{name}" for name in names]
     some = dataclasses.replace(suite, only=("trace",))
-    assert "no_trace" not in ablate.run(some) and len(measured) == len(names)
+    assert "| no_trace |" not in ablate.run(some) and len(measured) == len(names)
     with pytest.raises(ValueError, match="no variant tracy; there are trace, no_trace"):
         ablate.run(dataclasses.replace(suite, only=("tracy",)))
     changed = dataclasses.replace(suite, options=(*suite.options, "--training.steps", "9"))

@@ -14,13 +14,13 @@ from trace_jax import sharding
 from trace_jax.config import Mesh, to_json
 from trace_jax.data.schema import MARK, Document, Query
 from trace_jax.data.tokenizer import Processor, TextTooLongError, append
+from trace_jax.model.qwen2_5_vl import take_states
 from trace_jax.retrieval import embedder, pools
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.embedder import Encoded, Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.training.checkpoint import CheckpointError, read_config
-from trace_jax.training.losses import take_states
 from trace_jax.training.train import load_model
 
 

@@ -9,10 +9,10 @@ import pytest
 from flax import nnx
 
 from tests import tiny
+from trace_jax.data.processor import fit_sharing
 from trace_jax.data.schema import SHARED
-from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL, take_states
 from trace_jax.retrieval.packing import Room, few, power_of_two, rounded
-from trace_jax.training.losses import take_states
 
 BEGIN = (30, 40, 50, 60)
 SEQUENCES = [tiny.sequence(i, 2 + i % 7, [(16, 16)] if i % 3 == 0 else [], begin=BEGIN) for i in range(14)]
@@ -49,6 +49,52 @@ def test_a_shared_beginning_is_read_once():
     )
     assert apart == sum(map(len, SEQUENCES))
     assert together == apart - len(BEGIN) * (len(SEQUENCES) - 2)  # once for each kind
+
+
+def test_every_row_begins_with_what_its_own_sequences_share():
+    """Two instructions: none of the rows mixes them, as each sequence goes where it costs the fewest slots."""
+    other = (70, 80, 90)
+    more = [tiny.sequence(20 + i, 2 + i % 7, [], begin=other) for i in range(9)]
+    packer = tiny.packer(32, row_length=32)
+    ((members, rows),) = packer.deal([*TEXTS, *more], packer.rooms([*TEXTS, *more]))
+    in_use = np.flatnonzero(rows.inputs.segments[0].max(axis=1) > 0)
+    begins = [tuple(rows.inputs.tokens[0, row, : len(BEGIN)]) for row in in_use]
+    assert begins.count(BEGIN) > 1 and sum(begin[:3] == other for begin in begins) > 1
+    for row, begin in zip(in_use, begins, strict=True):
+        shared = len(BEGIN) if begin == BEGIN else len(other)
+        assert (rows.inputs.segments[0, row, :shared] == SHARED).all()
+        assert (rows.inputs.segments[0, row, shared:] != SHARED).all()
+    number = members[members >= 0]
+    shares = rows.shared[0, members >= 0]
+    assert shares.tolist() == [len(BEGIN) if i < len(TEXTS) else len(other) for i in number]
+
+
+def test_an_image_that_several_begin_with_is_read_once(model):
+    """Asked about twice, it stands once in the row, with the text before it, and once in the rows of patches."""
+    about = [dataclasses.replace(tiny.sequence(1, 2, [(16, 16)], begin=BEGIN)) for _ in range(3)]
+    about = [dataclasses.replace(each, images=about[0].images, tokens=each.tokens.copy()) for each in about]
+    for number, each in enumerate(about):
+        each.tokens[-1] = 100 + number
+    packer = tiny.packer(16)
+    ((members, rows),) = packer.deal(about, packer.rooms(about))
+    visual = int(about[0].is_visual.sum())
+    assert (rows.inputs.visual_index >= 0).sum() == visual
+    assert (rows.inputs.image_segments > 0).sum() == len(about[0].images[0].values)
+    assert rows.shared[0, members >= 0].tolist() == [len(about[0]) - 1] * 3
+    np.testing.assert_allclose(states(model, about), states(model, about, share=False), atol=1e-5)
+
+
+def test_rows_are_filled_and_shared_where_it_costs_least():
+    """By hand: each goes to the row that begins as it does; what fits nowhere is left out."""
+    a = [tiny.sequence(i, 4, [], begin=(1, 2, 3)) for i in range(2)]
+    b = [tiny.sequence(i, 4, [], begin=(9, 8, 7)) for i in range(2)]
+    length, own = len(a[0]), len(a[0]) - 3
+    assigned, shared = fit_sharing([a[0], b[0], a[1], b[1]], length + own, rows=2)
+    assert assigned[0] == assigned[2] != assigned[1] == assigned[3]
+    assert shared[:2].tolist() == [3, 3]
+    assert fit_sharing([*a, *b], length, rows=2)[0].count(-1) == 2
+    with pytest.raises(ValueError, match=f"{length} do not fit into a row of {length - 1}; raise the row length"):
+        fit_sharing(a, length - 1)
 
 
 def test_every_row_begins_with_what_is_shared():

@@ -24,10 +24,11 @@ from trace_jax.data.pipeline import training_batches
 from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor
 from trace_jax.model import weights
+from trace_jax.model.qwen2_5_vl import take_states
 from trace_jax.retrieval.embedder import Retriever
 from trace_jax.training import convert
 from trace_jax.training.checkpoint import CheckpointError, Checkpoints
-from trace_jax.training.losses import normalize, take_states
+from trace_jax.training.losses import normalize
 from trace_jax.training.optimizer import make_optimizer
 from trace_jax.training.train import init_optimizer, load_model, model_identity, restore_model, split_model
 

@@ -289,6 +289,49 @@ def first_fit(lengths: SequenceOf[int], capacity: int, rows: int | None = None) 
     return assigned
 
 
+def fit_sharing(
+    sequences: SequenceOf[Sequence], capacity: int, rows: int | None = None
+) -> tuple[list[int], np.ndarray]:
+    """Assigns sequences to rows in which what all of a row begin with, texts and images, stands once.
+
+    Returns the row of each, as `first_fit`, and how many tokens each row shares: less than any of its sequences has.
+    Sequences that begin alike come one after another, each into the row where it costs the fewest slots. Raises
+    ValueError as `first_fit`.
+    """
+    numbers = {id(image): -3 - number for number, image in enumerate(unique_images(sequences))}  # in a token's place
+    own = np.full((len(sequences), max(map(len, sequences), default=1)), -1, np.int32)
+    for i, sequence in enumerate(sequences):
+        own[i, : len(sequence) - 1] = sequence.tokens[:-1]  # the last one is its own
+        shown = [np.full(len(image.slots), numbers[id(image)], np.int32) for image in sequence.images]
+        if shown:
+            own[i, np.flatnonzero(sequence.is_visual)] = np.concatenate(shown)
+    begins = np.full_like(own, -2)  # of each row's first sequence; the last column differs from any other's
+    assigned = [-1] * len(sequences)
+    used, count, shared = np.zeros((3, len(sequences)), np.int64)
+    in_use = 0
+    for i in sorted(range(len(sequences)), key=lambda i: own[i].tobytes()):
+        length = len(sequences[i])
+        if length > capacity:
+            raise ValueError(f"{length} do not fit into a row of {capacity}; raise the row length")
+        common = np.minimum((begins[:in_use] != own[i]).argmax(axis=1), shared[:in_use])
+        # The others of the row may come to share less than before.
+        cost = (count[:in_use] - 1) * (shared[:in_use] - common) + length - common
+        fitting = np.flatnonzero(used[:in_use] + cost <= capacity)
+        if len(fitting):
+            row = int(fitting[cost[fitting].argmin()])
+            used[row] += cost[row]
+            shared[row] = common[row]
+        elif rows is None or in_use < rows:
+            row, in_use = in_use, in_use + 1
+            begins[row, : length - 1] = own[i, : length - 1]
+            used[row], shared[row] = length, length - 1
+        else:
+            continue
+        count[row] += 1
+        assigned[i] = row
+    return assigned, shared
+
+
 def unique_images(sequences: SequenceOf[Sequence]) -> list[Patches]:
     """The images of some sequences; one that several of them hold, the same object, is there once."""
     return list({id(image): image for sequence in sequences for image in sequence.images}.values())
@@ -301,6 +344,7 @@ class Packed:
     inputs: Inputs
     starts: np.ndarray  # [sequences] int32: flat slot of the first token, or of the first that is not shared; -1 where
     # the sequence found no room
+    shared: np.ndarray  # [sequences] int32: its first tokens, which stand at its row's beginning
 
 
 def pack(
@@ -312,11 +356,11 @@ def pack(
     patch_rows: int,
     patch_row_length: int,
     pad_token: int,
-    shared: int = 0,
+    share: bool = False,
 ) -> Packed:
     """Packs sequences into `rows` x `row_length` tokens and their images into `patch_rows` x `patch_row_length`.
 
-    The first `shared` tokens, text that all the sequences have in common, stand once at the beginning of each row.
+    With `share`, what all the sequences of a row begin with stands once, at its beginning (`fit_sharing`).
 
     A sequence that finds no room, or whose images find none, is left out as a whole (start -1). An image that several
     sequences hold (the same object) is packed, and computed, once. Raises ValueError when a sequence is longer than a
@@ -327,7 +371,11 @@ def pack(
     rows_of_images = first_fit([len(image.values) for image in images], patch_row_length, patch_rows)
     image_row = {id(image): row for image, row in zip(images, rows_of_images, strict=True)}
     fits = [i for i, sequence in enumerate(sequences) if all(image_row[id(image)] >= 0 for image in sequence.images)]
-    own = first_fit([len(sequences[i]) - shared for i in fits], row_length - shared, rows)
+    fitting = [sequences[i] for i in fits]
+    if share:
+        own, sharing = fit_sharing(fitting, row_length, rows)
+    else:
+        own, sharing = first_fit(list(map(len, fitting)), row_length, rows), np.zeros(len(fits), np.int64)
     text_rows = dict(zip(fits, own, strict=True))
 
     tokens = np.full((rows, row_length), pad_token, np.int32)
@@ -338,7 +386,7 @@ def pack(
     patch_positions = np.zeros((patch_rows, patch_row_length, 2), np.int32)
     image_segments = np.zeros((patch_rows, patch_row_length), np.int32)
     window_segments = np.zeros((patch_rows, patch_row_length), np.int32)
-    starts = np.full(len(sequences), -1, np.int32)
+    starts, shares = np.full(len(sequences), -1, np.int32), np.zeros(len(sequences), np.int32)
     used, count = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
     patches_used, placed, windows = (np.zeros(patch_rows, np.int32) for _ in range(3))
 
@@ -359,22 +407,22 @@ def pack(
         row = text_rows.get(i, -1)
         if row < 0:
             continue
-        if shared and not used[row]:
-            begin = slice(0, shared)
-            tokens[row, begin], positions[row, begin] = sequence.tokens[begin], sequence.positions[begin]
-            segments[row, begin], used[row] = SHARED, shared
-        at = slice(used[row], used[row] + len(sequence) - shared)
-        count[row] += 1
-        tokens[row, at], positions[row, at] = sequence.tokens[shared:], sequence.positions[shared:]
-        segments[row, at] = count[row]
+        shares[i] = shared = int(sharing[row])
+        index = np.full(len(sequence), -1, np.int32)
         if sequence.images:
-            index = np.concatenate([slots[id(each)] for each in sequence.images])
-            visual_index[row, at][sequence.is_visual[shared:]] = index
-        starts[i] = row * row_length + used[row]
-        used[row] = at.stop
+            index[sequence.is_visual] = np.concatenate([slots[id(each)] for each in sequence.images])
+        count[row] += 1
+        parts = [(SHARED, slice(0, shared))] if count[row] == 1 else []
+        for segment, part in (*parts, (count[row], slice(shared, len(sequence)))):
+            at = slice(used[row], used[row] + part.stop - part.start)
+            tokens[row, at], positions[row, at] = sequence.tokens[part], sequence.positions[part]
+            segments[row, at], visual_index[row, at] = segment, index[part]
+            used[row] = at.stop
+        starts[i] = row * row_length + at.start
     return Packed(
         Inputs(tokens, segments, positions, visual_index, patches, patch_positions, image_segments, window_segments),
         starts,
+        shares,
     )
 
 

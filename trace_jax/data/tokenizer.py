@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import pathlib
 import tempfile
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -50,6 +51,9 @@ class Processor:
     prompts: str
     max_text_tokens: int
     position: str = "before"  # Data.position
+    _shown: weakref.WeakValueDictionary[bytes, Patches] = dataclasses.field(
+        default_factory=weakref.WeakValueDictionary, compare=False, repr=False
+    )
 
     @classmethod
     def from_hf(cls, folder: str | pathlib.Path, data: Data) -> "Processor":
@@ -142,11 +146,16 @@ class Processor:
         is_visual = ids == self.image_pad
         return Sequence(ids, rope_positions(is_visual, [p.grid for p in images]), images, is_visual)
 
-    # An example often holds a picture twice: the query's is also a wrong answer. It becomes one object, packed once.
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (as above)
     def patches(self, image: bytes, name: str = "") -> Patches:
-        """Decodes and cuts up an encoded image."""
-        return patchify(open_image(image, name or "image"), self.geometry)
+        """Decodes and cuts up an encoded image; while somebody holds the result, the same bytes are the same object.
+
+        So a picture that several queries ask about, or a query's that is also a wrong answer, is packed, and computed,
+        once.
+        """
+        shown = self._shown.get(image)
+        if shown is None:
+            shown = self._shown[image] = patchify(open_image(image, name or "image"), self.geometry)
+        return shown
 
     def query(self, query: Query, name: str = "", *, cut: bool = True) -> Sequence:
         """The prompt of a query (paper, supplement Fig. 5), with its M-BEIR instruction."""

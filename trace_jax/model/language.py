@@ -43,6 +43,7 @@ class Int8(NamedTuple):
 Kept = Array | Int8  # [rows, kv_heads, slots, head_dim]
 LayerCache = tuple[Kept, Kept]  # k, v
 Cache = tuple[LayerCache, ...]  # one a layer; a stacked cache would be copied at every step
+Pick = Callable[[Array], Array]  # [rows, length, features] -> [..., features]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> the result, and what to keep
 
 
@@ -86,10 +87,12 @@ class SelfAttention(nnx.Module):
         self.o_proj = linear("o_proj", architecture.num_heads * width, size, False)
         self.head_dim = width
 
-    def __call__(self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None, pick: Pick | None = None
+    ) -> tuple[Array, Any]:
         """[rows, length, hidden], angles [rows, length, head_dim / 2] -> [rows, length, hidden], what is kept.
 
-        `dropout` is the layer's key, None: off.
+        `dropout` is the layer's key, None: off. `pick` takes the states out for which the result is wanted.
         """
 
         def heads(project: Linear, name: str) -> Array:
@@ -99,6 +102,7 @@ class SelfAttention(nnx.Module):
         q, k = rotate(heads(self.q_proj, "q_proj"), rotary), rotate(heads(self.k_proj, "k_proj"), rotary)
         y, kept = attend(q, k, heads(self.v_proj, "v_proj"))
         y = y.transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        y = y if pick is None else pick(y)
         return self.o_proj(y, dropout_key(dropout, "o_proj")), kept
 
 
@@ -122,10 +126,12 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = norm()
         self.mlp = SwiGLU(size, hidden, bias=False, lora=lora, dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None) -> tuple[Array, Any]:
+    def __call__(
+        self, x: Array, rotary: Rotary, attend: Attend, dropout: Array | None = None, pick: Pick | None = None
+    ) -> tuple[Array, Any]:
         """As `SelfAttention`."""
-        y, kept = self.self_attn(self.input_layernorm(x), rotary, attend, dropout)
-        x = x + checkpoint_name(y, ATTENTION)
+        y, kept = self.self_attn(self.input_layernorm(x), rotary, attend, dropout, pick)
+        x = (x if pick is None else pick(x)) + checkpoint_name(y, ATTENTION)
         return x + self.mlp(self.post_attention_layernorm(x), dropout), kept
 
 
@@ -180,12 +186,14 @@ class Decoder(nnx.Module):
         positions: Array,
         *,
         keep: bool = False,
+        pick: Pick | None = None,
         dropout: Array | None = None,
     ) -> tuple[Array, Cache]:
         """Packed rows: x [rows, L, hidden], segments [rows, L], positions [rows, L, 3] int32.
 
         Returns the states after the final norm [rows, L, hidden] float32, and, to `keep`, the keys and values of every
-        layer, L slots a row (else an empty tuple). `dropout` is the step's key of the adapters' dropout, None: off.
+        layer, L slots a row (else an empty tuple). With `pick`, only the states that it takes out are computed to the
+        end, in the shape that it gives them. `dropout` is the step's key of the adapters' dropout, None: off.
         """
         rotary = self._rotary(positions)
 
@@ -193,8 +201,11 @@ class Decoder(nnx.Module):
             y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.attention)
             return y, (k, v) if keep else None
 
-        def body(layer: DecoderLayer, x: Array, index: Array) -> tuple[Array, LayerCache | None]:
-            return layer(x, rotary, within, None if dropout is None else jax.random.fold_in(dropout, index))
+        def body(
+            layer: DecoderLayer, x: Array, index: Array, pick: Pick | None = None
+        ) -> tuple[Array, LayerCache | None]:
+            key = None if dropout is None else jax.random.fold_in(dropout, index)
+            return layer(x, rotary, within, key, pick)
 
         x, kept = run_layers(
             body,
@@ -204,6 +215,7 @@ class Decoder(nnx.Module):
             path="language/layers",
             scan=self.scan_layers,
             remat=self.remat,
+            last=None if pick is None else functools.partial(body, pick=pick),
         )
         return self.norm(x), tuple(kept) if keep else ()
 

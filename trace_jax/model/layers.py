@@ -6,6 +6,7 @@ the row of <|emb|>). Whatever else trains is loaded in float32 (`weights.stored_
 """
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable, Sequence
@@ -231,19 +232,21 @@ def run_layers(
     path: str,
     scan: bool,
     remat: Remat,
+    last: Callable[[Any, Array, Any], tuple[Array, Any]] | None = None,
 ) -> tuple[Array, list[Any]]:
     """Folds `body(layer, x, extra[i]) -> (x, kept)` over the stack at `path`; returns x and what each layer kept.
 
     On a mesh each layer's weights are gathered in the body, one layer at a time (`sharding.gathered`). `scan` compiles
     one body for all layers, else the loop is unrolled (faster on XLA:CPU). `remat`: "full" saves only the input of each
     layer for the backward pass, "attention" also what attention reads and gives, so that only the MLP is computed
-    again, "dots" the products with weights, "none" everything.
+    again, "dots" the products with weights, "none" everything. `last` is the body of the last layer where that is
+    another one; it is not for gradients.
     """
 
-    def gathering(layer: nnx.Module, x: Array, one: Any) -> tuple[Array, Any]:
+    def gathering(body: Any, layer: nnx.Module, x: Array, one: Any) -> tuple[Array, Any]:
         return body(sharding.gathered(layer, path, stacked=True), x, one)
 
-    run = gathering
+    run: Any = functools.partial(gathering, body)
     if remat == "dots":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         run = jax.checkpoint(run, policy=policy, prevent_cse=not scan)
@@ -255,11 +258,21 @@ def run_layers(
     elif remat != "none":
         raise ValueError(f"remat {remat!r} is none of 'none', 'dots', 'attention', 'full'")
     count = len(extra)
+    if scan and last is not None:
+
+        def one_of(index: Array | int) -> Any:
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), layers)
+
+        # By number: the layers but one would be a copy of nearly all weights.
+        x, kept = jax.lax.scan(lambda x, i: run(one_of(i), x, jnp.asarray(extra)[i]), x, jnp.arange(count - 1))
+        x, own = gathering(last, one_of(count - 1), x, extra[-1])
+        return x, [*(jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(count - 1)), own]
     if scan:
         x, kept = jax.lax.scan(lambda x, each: run(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))
         return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(count)]
     outputs = []
-    for layer, one in zip(unstack_layers(layers, count), extra, strict=True):
-        x, kept = run(layer, x, one)
+    for number, layer in enumerate(unstack_layers(layers, count)):
+        ends = last is not None and number == count - 1
+        x, kept = gathering(last, layer, x, extra[number]) if ends else run(layer, x, extra[number])
         outputs.append(kept)
     return x, outputs

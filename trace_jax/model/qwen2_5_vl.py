@@ -23,6 +23,13 @@ Array = jax.Array
 VISUAL = "visual features"  # what the vision encoder gives, by the name that a remat policy knows it by
 
 
+def take_states(hidden: Array, index: Array) -> Array:
+    """Picks states of each shard. hidden [S, R, L, D], index [S, N] flat into R*L (negative: any) -> [S, N, D]."""
+    shards, rows, length, width = hidden.shape
+    flat = hidden.reshape(shards, rows * length, width)
+    return jnp.take_along_axis(flat, jnp.maximum(index, 0)[..., None], axis=1)
+
+
 class Head(NamedTuple):
     """The output rows: the base's, and the learned one of <|emb|> that stands in for one of them.
 
@@ -138,9 +145,20 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         return jnp.where((tokens == self.emb_token_id)[..., None], row, x)
 
     def _read(
-        self, inputs: Inputs, visual: Array | None, *, keep: bool, dropout: Array | None = None
+        self,
+        inputs: Inputs,
+        visual: Array | None,
+        *,
+        keep: bool,
+        at: Array | None = None,
+        dropout: Array | None = None,
     ) -> tuple[Array, Cache]:
         shards, rows, length = inputs.tokens.shape
+
+        def pick(x: Array) -> Array:
+            """[S * R, L, D] -> [S, N, D]."""
+            return take_states(x.reshape(*inputs.tokens.shape, -1), at)
+
         x = self.embed(jnp.asarray(inputs.tokens))
         if visual is None and inputs.patches.size:
             visual = self.visual(inputs)
@@ -148,22 +166,27 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             index = jnp.asarray(inputs.visual_index).reshape(shards, -1)
             placed = jax.vmap(lambda images, at: jnp.take(images, at, axis=0, mode="clip"))(visual, index)
             x = jnp.where((index >= 0).reshape(x.shape[:3])[..., None], placed.reshape(x.shape), x)
-        return self.language(
+        states, cache = self.language(
             x.reshape(shards * rows, length, -1),
             jnp.asarray(inputs.segments).reshape(shards * rows, length),
             jnp.asarray(inputs.positions).reshape(shards * rows, length, 3),
             keep=keep,
+            pick=None if at is None else pick,
             dropout=dropout,
         )
+        return states if at is not None else states.reshape(*inputs.tokens.shape, -1), cache
 
-    def __call__(self, inputs: Inputs, *, visual: Array | None = None, dropout: Array | None = None) -> Array:
+    def __call__(
+        self, inputs: Inputs, *, visual: Array | None = None, at: Array | None = None, dropout: Array | None = None
+    ) -> Array:
         """The last layer's states after the final norm: [S, R, L, D] float32; padding holds finite nonsense.
 
-        `visual` takes the place of `self.visual(inputs)`. Inputs without patches (V = 0) skip the vision encoder.
-        `dropout` is the key of the adapters' dropout; None, as everywhere but in training, is off.
+        `at` [S, N] int32, flat into R * L: only these, [S, N, D], for which the last layer's products are computed
+        alone; not for training, and a negative one is any. `visual` takes the place of `self.visual(inputs)`. Inputs
+        without patches (V = 0) skip the vision encoder. `dropout` is the key of the adapters' dropout; None, as
+        everywhere but in training, is off.
         """
-        hidden, _ = self._read(inputs, visual, keep=False, dropout=dropout)
-        return hidden.reshape(*inputs.tokens.shape, -1)
+        return self._read(inputs, visual, keep=False, at=at, dropout=dropout)[0]
 
     # ---- head ----------------------------------------------------------------------------------------------------
 
@@ -182,10 +205,9 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    def prefill(self, inputs: Inputs, *, visual: Array | None = None) -> tuple[Array, Cache]:
-        """As a call, and keeps keys and values: states [S, R, L, D] float32, and a cache of S * R rows of L slots."""
-        hidden, cache = self._read(inputs, visual, keep=True)
-        return hidden.reshape(*inputs.tokens.shape, -1), cache
+    def prefill(self, inputs: Inputs, *, visual: Array | None = None, at: Array | None = None) -> tuple[Array, Cache]:
+        """As a call, and keeps keys and values: the states, and a cache of S * R rows of L slots."""
+        return self._read(inputs, visual, keep=True, at=at)
 
     def decode(self, cache: Cache, tokens: Array, positions: Array, at: Array, seen: Array) -> tuple[Array, Cache]:
         """Reads the next n tokens of every row: tokens [rows, n], positions [rows, n, 3].

@@ -223,11 +223,13 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
             return "–"
         return f"{np.mean(known):.1f} ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else f"{known[0]:.1f}"
 
+    missing = [variant for variant in suite.variants if variant not in results]
     lines = [
         f"# The paper's claims in miniature: {suite.name}",
         "",
-        f"`python launch/ablate.py {suite.name}`: {len(results)} variants of `{suite.base}`, seeds"
-        f" {', '.join(map(str, suite.seeds))}, {hours:.1f} hours of training and measuring in all"
+        f"`python launch/ablate.py {suite.name}{' --only ' + ' '.join(results) if missing else ''}`"
+        f"{' (not run: ' + ', '.join(missing) + ')' if missing else ''}: {len(results)} variants of `{suite.base}`,"
+        f" seeds {', '.join(map(str, suite.seeds))}, {hours:.1f} hours of training and measuring in all"
         f"{', options `' + ' '.join(suite.options) + '`' if suite.options else ''}. Figures are R@5 in"
         " the local pool, the mean over tasks, ± the standard deviation over seeds. A claim holds when every seed says"
         f' so, does not when none does, and {UNTOLD} otherwise; "costs little", "gains little", "near the'

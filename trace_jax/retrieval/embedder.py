@@ -47,7 +47,7 @@ from trace_jax.retrieval.generation import (
 from trace_jax.retrieval.items import Item, read_document, read_query
 from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Room, Rows, power_of_two, rounded
 from trace_jax.training.checkpoint import read_config
-from trace_jax.training.losses import normalize, take_states
+from trace_jax.training.losses import normalize
 from trace_jax.training.train import load_model, model_identity, restore_model, split_model
 
 log = logging.getLogger(__name__)
@@ -491,4 +491,4 @@ class _Reader:
 @Program
 def _read(model: Qwen2_5_VL, rows: Rows) -> jax.Array:
     """The normalised states at the ends of packed sequences: [S, N, D] float32."""
-    return normalize(take_states(model(rows.inputs), rows.last))
+    return normalize(model(rows.inputs, at=jnp.asarray(rows.last)))

@@ -31,7 +31,6 @@ from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.language import Cache, Int8, Kept, empty_cache, kept_as
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.packing import Rows
-from trace_jax.training.losses import take_states
 
 Array = jax.Array
 Mode = Literal["adaptive", "direct", "always"]
@@ -406,10 +405,10 @@ def _best(logits: Array) -> Array:
 @functools.partial(Program, static_argnames=("decoding", "mode", "longest"))
 def _prefill(model: Qwen2_5_VL, rows: Rows, *, decoding: Decoding, mode: Reasoning, longest: int) -> Prefilled:
     """Reads the prompts and predicts their first tokens; in mode "always" these are no stops."""
-    hidden, cache = model.prefill(rows.inputs)
     shards, count, length = rows.inputs.tokens.shape
     last = jnp.maximum(jnp.asarray(rows.last), 0)
-    state = take_states(hidden, last).reshape(-1, hidden.shape[-1])
+    state, cache = model.prefill(rows.inputs, at=last)
+    state = state.reshape(-1, state.shape[-1])
     row = (last // length + count * jnp.arange(shards, dtype=jnp.int32)[:, None]).reshape(-1)
     last, lengths, shared = (jnp.asarray(each).reshape(-1) for each in (last, rows.lengths, rows.shared))
     number = jnp.arange(longest, dtype=jnp.int32)[None]

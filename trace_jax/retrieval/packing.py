@@ -1,14 +1,15 @@
-"""Sequences to the few static shapes that the model reads: many to a row, and what they all begin with once a row."""
+"""Sequences to the few static shapes that the model reads: many to a row, and what all of a row begin with once."""
 
 import collections
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from trace_jax.data.processor import Geometry, first_fit, pack, stack_shards
+from trace_jax.data.processor import Geometry, first_fit, fit_sharing, pack, stack_shards, unique_images
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Array, Inputs
 
@@ -55,43 +56,65 @@ class Packer:
 
         Of these, more than usual may be short: seats cost little, and rows are to be full.
         """
-        rooms = {}
-        for visual in (False, True):
-            kind = [sequence for sequence in sequences if bool(sequence.images) == visual]
-            if not kind:
-                continue
-            each = math.ceil(len(kind) / self.shards)
-            # Dealt evenly: a last batch that is nearly empty costs as much as a full one.
-            count = min(self.most, each) if sample else math.ceil(each / math.ceil(each / self.most))
-            some = [kind[i * len(kind) // count] for i in range(count)] if len(kind) > count else kind
-            whole = not sample and some is kind
-            lengths = [len(sequence) for sequence in kind]
-            images = [len(image.values) for sequence in some for image in sequence.images]
-            most, most_patches = self.row_length, self.patch_row_length
-            if whole:
-                most = min(most, rounded(sum(lengths), LEAST_LENGTH))
-                most_patches = min(most_patches, rounded(sum(images), LEAST_PATCHES))
-            shared = self._shared(some)
-            needed = max(first_fit([len(sequence) - shared for sequence in some], most - shared)) + 1
-            needed_patches = max(first_fit(images, most_patches), default=-1) + 1
-            slack = 1 if whole else SLACK
-            rows, patch_rows = (
-                rounded(math.ceil(number * slack), LEAST_ROWS) if sample else few(math.ceil(number * slack))
-                for number in (needed, needed_patches)
-            )
-            patch_rows = min(patch_rows, len(images))  # a row holds at least one image
-            seats = power_of_two(count)
-            rooms[visual] = Room(2 * seats if sample else seats, rows, most, patch_rows, most_patches)
-        return rooms
+        kinds = {v: [each for each in sequences if bool(each.images) == v] for v in (False, True)}
+        fit = self._room_of_many if sample else self._room
+        return {visual: fit(kind) for visual, kind in kinds.items() if kind}
+
+    def _room_of_many(self, sample: Sequence[Tokens]) -> Room:
+        count = min(self.most, math.ceil(len(sample) / self.shards))
+        rows, patch_rows = (
+            rounded(math.ceil(number * SLACK), LEAST_ROWS)
+            for number in self._needed([sample[i * len(sample) // count] for i in range(count)])
+        )
+        patch_rows = min(patch_rows, sum(len(each.images) for each in sample))  # a row holds at least one image
+        return Room(2 * power_of_two(count), rows, self.row_length, patch_rows, self.patch_row_length)
+
+    def _room(self, sequences: Sequence[Tokens]) -> Room:
+        images = unique_images(sequences)
+        each = math.ceil(len(sequences) / self.shards)
+        if len(sequences) <= min(self.most, each):  # one batch, of which all is known
+            length = min(self.row_length, rounded(sum(map(len, sequences)), LEAST_LENGTH))
+            patches = sum(len(image.values) for image in images)
+            patch_length = min(self.patch_row_length, rounded(patches, LEAST_PATCHES))
+            rows, patch_rows = map(few, self._needed(sequences, length, patch_length))
+            return Room(power_of_two(each), rows, length, min(patch_rows, len(images)), patch_length)
+        needed = self._needed(sequences)
+        fewest = math.ceil(each / self.most)
+
+        def room(batches: int) -> Room:
+            """Of each of so many batches: a last one that is nearly empty costs no less."""
+            parts = batches * self.shards
+            rows, patch_rows = (few(max(math.ceil(n / parts), round(n * SLACK / parts))) for n in needed)
+            seats = 2 * power_of_two(math.ceil(each / batches))
+            return Room(seats, rows, self.row_length, min(patch_rows, len(images)), self.patch_row_length)
+
+        def slots(batches: int) -> int:
+            one = room(batches)
+            return batches * (one.rows * one.row_length + one.patch_rows * one.patch_row_length)
+
+        # Sizes are few: some more batches may be a better fit.
+        return room(min(range(fewest, 2 * fewest + 1), key=slots))
+
+    def _needed(
+        self, sequences: Sequence[Tokens], row_length: int | None = None, patch_row_length: int | None = None
+    ) -> tuple[int, int]:
+        """Rows, and rows of patches."""
+        row_length, patch_row_length = row_length or self.row_length, patch_row_length or self.patch_row_length
+        text = fit_sharing(sequences, row_length)[0] if self.share else first_fit(list(map(len, sequences)), row_length)
+        patches = first_fit([len(image.values) for image in unique_images(sequences)], patch_row_length)
+        return max(text) + 1, max(patches, default=-1) + 1
 
     def deal(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> Iterator[tuple[np.ndarray, Rows]]:
         """Batches, and which sequence each of their S * N places holds (-1: none).
 
-        In order; a sequence that finds no room comes first in the next, and one that has none even there, with more
-        images than the sample of which the rooms are, in one of its own.
+        Those that begin alike, or show the same image, are read together. A sequence that finds no room comes first in
+        the next batch, and one that has none even there, with more images than the sample of which the rooms are, in
+        one of its own.
         """
         for visual, room in rooms.items():
-            pending = collections.deque(i for i, each in enumerate(sequences) if bool(each.images) == visual)
+            pending = collections.deque(
+                _alike([i for i, s in enumerate(sequences) if bool(s.images) == visual], sequences)
+            )
             while pending:
                 first = pending[0]
                 hands = [self._hand(sequences, pending, room) for _ in range(self.shards)]
@@ -110,7 +133,6 @@ class Packer:
         """One shard's part, taken from those who wait: its members [N], and its arrays without S."""
         hand = [pending.popleft() for _ in range(min(room.sequences, len(pending)))]
         chosen = [sequences[i] for i in hand]
-        shared = self._shared(chosen)
         packed = pack(
             chosen,
             self.geometry,
@@ -119,7 +141,7 @@ class Packer:
             patch_rows=room.patch_rows,
             patch_row_length=room.patch_row_length,
             pad_token=self.pad_token,
-            shared=shared,
+            share=self.share,
         )
         placed = packed.starts >= 0
         pending.extendleft(reversed([i for i, fits in zip(hand, placed, strict=True) if not fits]))
@@ -131,23 +153,21 @@ class Packer:
             out[: len(hand)] = np.where(placed, values, nothing)
             return out
 
-        last = of_all(packed.starts + lengths - shared - 1, -1)
-        rows = Rows(packed.inputs, last, of_all(lengths, 0), of_all(np.full(len(hand), shared), 0))
+        last = of_all(packed.starts + lengths - packed.shared - 1, -1)
+        rows = Rows(packed.inputs, last, of_all(lengths, 0), of_all(packed.shared, 0))
         return of_all(np.array(hand, np.int32), -1), rows
 
-    def _shared(self, sequences: Sequence[Tokens]) -> int:
-        """Tokens that all sequences begin with: text, and not all of any."""
-        if not self.share or len(sequences) < 2:
-            return 0
-        first = sequences[0].tokens
-        shared = len(first)
-        for each in sequences:
-            own = each.is_visual.copy()
-            own[-1] = True
-            shared = min(shared, int(own.argmax()))
-            other = first[:shared] != each.tokens[:shared]
-            shared = int(other.argmax()) if other.any() else shared
-        return shared
+
+def _alike(chosen: Sequence[int], sequences: Sequence[Tokens]) -> list[int]:
+    """These sequences in another order: the same image one after another, and of texts what begins alike.
+
+    Images are in no order, so that all batches are a like mixture and take as much room.
+    """
+
+    def key(i: int) -> tuple[list[int], bytes]:
+        return [zlib.crc32(image.values) for image in sequences[i].images], sequences[i].tokens.tobytes()
+
+    return sorted(chosen, key=key)
 
 
 def few(count: int) -> int:

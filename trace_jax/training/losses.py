@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from trace_jax import config
 from trace_jax.data.schema import Batch
 from trace_jax.model.attention import MASKED
-from trace_jax.model.qwen2_5_vl import Head
+from trace_jax.model.qwen2_5_vl import Head, take_states
 
 SCALE = "log_scale"  # the parameter's name
 LARGEST_SCALE = math.log(100.0)  # CLIP's bound
@@ -52,13 +52,6 @@ def bounded(trainable: Any) -> Any:
     if SCALE not in trainable:
         return trainable
     return trainable | {SCALE: jnp.clip(trainable[SCALE], 0.0, LARGEST_SCALE)}
-
-
-def take_states(hidden: jax.Array, index: jax.Array) -> jax.Array:
-    """Picks states of each shard. hidden [S, R, L, D], index [S, N] flat into R*L (negative: any) -> [S, N, D]."""
-    shards, rows, length, width = hidden.shape
-    flat = hidden.reshape(shards, rows * length, width)
-    return jnp.take_along_axis(flat, jnp.maximum(index, 0)[..., None], axis=1)
 
 
 def normalize(states: jax.Array) -> jax.Array:
