@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from tests import tiny
 from trace_jax import chips, sharding
@@ -15,7 +16,8 @@ from trace_jax.config import Config, Data, Evaluation, Lora, Loss, Mesh, Model, 
 from trace_jax.data.lengths import assumed_batches
 from trace_jax.data.processor import Geometry
 from trace_jax.model.attention import attention
-from trace_jax.model.flops import model_flops
+from trace_jax.model.flops import forward_flops, model_flops
+from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 
 CONFIG = Config(
     name="tiny",
@@ -58,6 +60,23 @@ def test_loops_multiply_and_dead_products_do_not_count():
         return jax.lax.cond(x[0, 0] > 0, lambda: x @ jnp.ones((16, 4)), lambda: jnp.zeros((8, 4)))
 
     assert flops.program_flops(jax.make_jaxpr(wasteful)(x)) == 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_of_the_last_layer_only_the_ends_are_computed(scan):
+    """Traced: what is saved is the output projection and the MLP of one layer, for all tokens but the chosen ones."""
+    architecture, inputs = tiny.architecture(), tiny.inputs()
+    model = Qwen2_5_VL(architecture, scan_layers=scan, rngs=nnx.Rngs(0))
+    shards, tokens = inputs.tokens.shape[0], inputs.tokens.size
+    at = jnp.zeros((shards, 3), jnp.int32)
+    of_all, of_some = (
+        flops.program_flops(jax.make_jaxpr(lambda inputs, at=at: model(inputs, at=at))(inputs)) for at in (None, at)
+    )
+    read = functools.partial(forward_flops, architecture, tokens=tokens, seen=0, heads=0)
+    assert of_all - of_some == read() - read(ends=3 * shards)
+    language = architecture.language
+    wide, deep = language.hidden_size, language.intermediate_size
+    assert of_all - of_some == 2 * (tokens - 3 * shards) * wide * (wide + 3 * deep)
 
 
 def test_a_causal_kernel_counts_the_blocks_that_it_computes():

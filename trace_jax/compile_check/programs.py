@@ -244,6 +244,7 @@ def generation_programs(
                 seen=room.row_length / 2,
                 heads=options.batch_size if kind == "prefill" else 0,
                 patches=shards * room.patch_rows * room.patch_row_length,
+                ends=options.batch_size,
             )
             name = f"{kind}, {'with images' if visual else 'texts'}"
             arguments = model, rows

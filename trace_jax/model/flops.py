@@ -60,19 +60,26 @@ def model_flops(architecture: Architecture, config: Config, capacity: Capacity, 
     return parts
 
 
-def forward_flops(architecture: Architecture, *, tokens: int, seen: float, heads: int, patches: int = 0) -> float:
+def forward_flops(
+    architecture: Architecture, *, tokens: int, seen: float, heads: int, patches: int = 0, ends: int | None = None
+) -> float:
     """Reading `tokens` that each attend to `seen` slots, with logits for `heads` of them; LoRA not counted.
 
+    `ends` are the tokens whose last state is wanted, by default all: of the others, the last layer needs no more than
+    queries, keys and values.
     `patches` are of one image a row of full attention; they count without their attention, which is small.
     """
     language, vision = architecture.language, architecture.vision
-    linear = sum(inner * outer for inner, outer in _kernels(architecture).values())
+    kernels = {name: inner * outer for name, (inner, outer) in _kernels(architecture).items()}
+    linear = sum(kernels.values())
+    unread = linear - sum(kernels[name] for name in ("q_proj", "k_proj", "v_proj"))
     attended = 2 * seen * language.num_heads * language.head_dim
     wide = vision.hidden_size
     merged = wide * vision.merge_unit
     image = vision.depth * wide * (4 * wide + 3 * vision.intermediate_size) + vision.patch_dim * wide
     image += merged * (merged + vision.out_hidden_size) / vision.merge_unit
     read = 2 * tokens * language.num_layers * (linear + attended)
+    read -= 0 if ends is None else 2 * (tokens - ends) * unread
     return read + 2 * heads * language.hidden_size * language.vocab_size + 2 * patches * image
 
 
