@@ -52,7 +52,7 @@ class Processor:
     max_text_tokens: int
     position: str = "before"  # Data.position
     _shown: weakref.WeakValueDictionary[bytes, Patches] = dataclasses.field(
-        default_factory=weakref.WeakValueDictionary, compare=False, repr=False
+        default_factory=weakref.WeakValueDictionary, init=False, compare=False, repr=False
     )
 
     @classmethod
