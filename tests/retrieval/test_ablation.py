@@ -1,6 +1,7 @@
 """A suite of ablations: its configurations, its verdicts, its page; and, slowly, a run of it that goes on."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -77,6 +78,13 @@ def test_the_page_says_what_was_not_run():
     suite = Suite("x", seeds=(0,), variants={"trace": (), "no_trace": (), "lora_small": ()})
     page = describe(suite, {"trace": [made_up(50)], "no_trace": [made_up(40)]}, 1.5)
     assert "`python launch/ablate.py x --only trace no_trace` (not run: lora_small): 2 variants" in page
+
+
+def test_the_bars_of_a_token_end_no_column():
+    suite = Suite("x", seeds=(0,), variants={"trace": (), "emb_token": ()})
+    page = describe(suite, {"trace": [made_up(50)], "emb_token": [made_up(40)]}, 1.5)
+    (row,) = (line for line in page.splitlines() if line.startswith("| Reading right before"))
+    assert len(re.split(r"(?<!\\)\|", row)) == 7  # five columns between bars
 
 
 @pytest.mark.parametrize("labelled", [True, False])

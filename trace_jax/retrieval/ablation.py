@@ -243,7 +243,8 @@ def describe(suite: Suite, results: dict[str, list[dict[str, Any]]], hours: floa
             better, worse = values(claim.better), values(claim.worse)
             pairs = [(b, w) for b, w in zip(better, worse, strict=True) if b is not None and w is not None]
             word = verdict([b - w for b, w in pairs], claim.margin) if pairs else f"{UNTOLD}: no such queries"
-            lines.append(f"| {claim.text} | {claim.paper} | {shown(better)} | {shown(worse)} | {word} |")
+            text = claim.text.replace("|", r"\|")  # of <|emb|>; else a column ends there
+            lines.append(f"| {text} | {claim.paper} | {shown(better)} | {shown(worse)} | {word} |")
     lines += ["", "| mode (paper, Table 2) | complex | simple | queries/s |", "|---|---|---|---|"]
     for mode in MODES:
         figures = [shown(values(Side("trace", mode, queries))) for queries in ("complex", "simple")]
