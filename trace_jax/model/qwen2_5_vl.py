@@ -154,11 +154,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         dropout: Array | None = None,
     ) -> tuple[Array, Cache]:
         shards, rows, length = inputs.tokens.shape
-
-        def pick(x: Array) -> Array:
-            """[S * R, L, D] -> [S, N, D]."""
-            return take_states(x.reshape(*inputs.tokens.shape, -1), at)
-
+        pick = None if at is None else lambda x: take_states(x.reshape(shards, rows, length, -1), at)
         x = self.embed(jnp.asarray(inputs.tokens))
         if visual is None and inputs.patches.size:
             visual = self.visual(inputs)
@@ -171,7 +167,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
             jnp.asarray(inputs.segments).reshape(shards * rows, length),
             jnp.asarray(inputs.positions).reshape(shards * rows, length, 3),
             keep=keep,
-            pick=None if at is None else pick,
+            pick=pick,
             dropout=dropout,
         )
         return states if at is not None else states.reshape(*inputs.tokens.shape, -1), cache

@@ -165,7 +165,7 @@ def _alike(chosen: Sequence[int], sequences: Sequence[Tokens]) -> list[int]:
     """
 
     def key(i: int) -> tuple[list[int], bytes]:
-        return [zlib.crc32(image.values) for image in sequences[i].images], sequences[i].tokens.tobytes()
+        return [zlib.crc32(image.values.data) for image in sequences[i].images], sequences[i].tokens.tobytes()
 
     return sorted(chosen, key=key)
 
