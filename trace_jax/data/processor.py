@@ -332,6 +332,15 @@ def fit_sharing(
     return assigned, shared
 
 
+def fit_rows(
+    sequences: SequenceOf[Sequence], capacity: int, rows: int | None = None, *, share: bool
+) -> tuple[list[int], np.ndarray]:
+    """The row of each sequence, and how many tokens each row shares: by `fit_sharing`, else by `first_fit` and none."""
+    if share:
+        return fit_sharing(sequences, capacity, rows)
+    return first_fit(list(map(len, sequences)), capacity, rows), np.zeros(len(sequences), np.int64)
+
+
 def unique_images(sequences: SequenceOf[Sequence]) -> list[Patches]:
     """The images of some sequences; one that several of them hold, the same object, is there once."""
     return list({id(image): image for sequence in sequences for image in sequence.images}.values())
@@ -371,11 +380,7 @@ def pack(
     rows_of_images = first_fit([len(image.values) for image in images], patch_row_length, patch_rows)
     image_row = {id(image): row for image, row in zip(images, rows_of_images, strict=True)}
     fits = [i for i, sequence in enumerate(sequences) if all(image_row[id(image)] >= 0 for image in sequence.images)]
-    fitting = [sequences[i] for i in fits]
-    if share:
-        own, sharing = fit_sharing(fitting, row_length, rows)
-    else:
-        own, sharing = first_fit(list(map(len, fitting)), row_length, rows), np.zeros(len(fits), np.int64)
+    own, sharing = fit_rows([sequences[i] for i in fits], row_length, rows, share=share)
     text_rows = dict(zip(fits, own, strict=True))
 
     tokens = np.full((rows, row_length), pad_token, np.int32)

@@ -271,8 +271,8 @@ def run_layers(
         x, kept = jax.lax.scan(lambda x, each: run(each[0], x, each[1]), x, (layers, jnp.asarray(extra)))
         return x, [jax.tree.map(lambda leaf, i=i: leaf[i], kept) for i in range(count)]
     outputs = []
-    for number, layer in enumerate(unstack_layers(layers, count)):
-        ends = last is not None and number == count - 1
-        x, kept = gathering(last, layer, x, extra[number]) if ends else run(layer, x, extra[number])
+    runs = [run] * (count - 1) + [run if last is None else functools.partial(gathering, last)]
+    for each, layer, one in zip(runs, unstack_layers(layers, count), extra, strict=True):
+        x, kept = each(layer, x, one)
         outputs.append(kept)
     return x, outputs

@@ -296,10 +296,15 @@ class Retriever:
         parts = [Encoded.blank(0, self.width)]
         for part, chosen, prompts in self._windows(count, reader, progress):
             sequences = [self.processor.finish(prompt) for prompt in prompts]
-            fitting = self._packer.rooms(sequences) | (rooms or self._warm)
+            fitting = self._fitting(sequences, rooms)
             part.embeddings[chosen] = cut_vectors(self._encode_window(sequences, fitting), self.width)
             parts.append(part)
         return Encoded.joined(parts)
+
+    def _fitting(self, sequences: Sequence[Tokens], rooms: dict[bool, Room] | None) -> dict[bool, Room]:
+        """The caller's shapes, or those of `warm_up`; measured is only what neither has, which a long job has not."""
+        known = rooms or self._warm
+        return self._packer.rooms([each for each in sequences if bool(each.images) not in known]) | known
 
     def _windows(
         self, count: int, reader: "_Reader", progress: bool
@@ -388,7 +393,7 @@ class Retriever:
         self, sequences: Sequence[Tokens], mode: Reasoning, rooms: dict[bool, Room] | None = None
     ) -> tuple[list[int], Generation]:
         """Which prompt each row of the result is of, and the result."""
-        fitting = self._packer.rooms(sequences) | (rooms or self._warm)
+        fitting = self._fitting(sequences, rooms)
         dealt: list[np.ndarray] = []
 
         def batches() -> Iterator[Rows]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trace_jax.data.processor import Geometry, first_fit, fit_sharing, pack, stack_shards, unique_images
+from trace_jax.data.processor import Geometry, first_fit, fit_rows, pack, stack_shards, unique_images
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Array, Inputs
 
@@ -100,7 +100,7 @@ class Packer:
     ) -> tuple[int, int]:
         """Rows, and rows of patches."""
         row_length, patch_row_length = row_length or self.row_length, patch_row_length or self.patch_row_length
-        text = fit_sharing(sequences, row_length)[0] if self.share else first_fit(list(map(len, sequences)), row_length)
+        text, _ = fit_rows(sequences, row_length, share=self.share)
         patches = first_fit([len(image.values) for image in unique_images(sequences)], patch_row_length)
         return max(text) + 1, max(patches, default=-1) + 1
 
