@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.config import Lora
-from trace_jax.model import weights
+from trace_jax.model import language, weights
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.layers import quantized
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
@@ -156,9 +156,10 @@ def test_emb_row_stands_in_for_its_token(tie):
     np.testing.assert_array_equal(model.embed(jnp.array([tiny.EMB, 3]))[0], row)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_decoding_equals_reading(scan):
-    """Prompts of different lengths and images, then six more tokens, one at a time."""
+@pytest.mark.parametrize(("scan", "key_slots"), [(True, 3), (False, 3), (True, 2)])
+def test_decoding_equals_reading(scan, key_slots, monkeypatch):
+    """Prompts of different lengths and images, then six more tokens; keys as they lie on a CPU, and on a TPU."""
+    monkeypatch.setattr(language, "key_slots", lambda: key_slots)
     model = make(scan_layers=scan)
     sequences = [tiny.SEQUENCES[i] for i in (0, 1, 2, 4)]
     more = np.random.default_rng(0).integers(1, 140, (4, 6)).astype(np.int32)
@@ -173,8 +174,14 @@ def test_decoding_equals_reading(scan):
     expected = tiny.states(model, whole)[0]
 
     hidden, cache = jax.jit(lambda m, x: m.prefill(x))(model, inputs)
-    assert len(cache) == 3 and cache[0][0].shape == (4, 2, 64, 8)
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 16), (0, 0))), cache)
+    assert len(cache) == 3 and all(each.shape == (4, 2, 64, 8) for each in cache[0])
+
+    def put(old, new, slots):
+        return jax.lax.dynamic_update_slice_in_dim(old, new, 0, slots)
+
+    empty = language.empty_cache(model.architecture.language, 4, 80, jnp.float32)
+    assert empty[0][0].shape[key_slots] == empty[0][1].shape[2] == 80
+    cache = tuple(language.update(old, k, v, put) for old, (k, v) in zip(empty, cache, strict=True))
     seen, places = np.arange(80)[None] < lengths[:, None], np.arange(80)
     step = jax.jit(lambda m, *arguments: m.decode(*arguments))
     for i, length in enumerate(lengths):

@@ -100,6 +100,62 @@ def test_queries_do_not_depend_on_their_company(retriever, queries):
         assert alone.trace_tokens[0] == together.trace_tokens[i]
 
 
+def test_slots_are_filled_from_window_to_window(retriever, queries, monkeypatch):
+    """Windows are one stream, which only a prompt that is longer than all before interrupts."""
+    caches, generate = [], embedder.generate
+
+    def counted(*arguments, **options):
+        caches.append(options["longest"])
+        return generate(*arguments, **options)
+
+    expected = retriever.encode_query(queries, "always")
+    monkeypatch.setattr(embedder, "generate", counted)
+    monkeypatch.setattr(embedder, "WINDOW", 4)
+    order = np.argsort(expected.prompt_tokens, kind="stable")
+    for rising, some in ((True, order), (False, order[::-1])):
+        caches.clear()
+        found = retriever.encode_query([queries[i] for i in some], "always")
+        assert found.traces == [expected.traces[i] for i in some]
+        np.testing.assert_allclose(found.embeddings, expected.embeddings[some], atol=2e-5)
+        np.testing.assert_array_equal(found.prompt_tokens, expected.prompt_tokens[some])
+        assert caches == sorted(set(caches)) and (len(caches) > 1) == rising
+    assert len(queries) > 2 * 4
+
+
+def test_the_devices_have_work_while_the_next_window_is_read(retriever, documents, monkeypatch):
+    """Of one window's batches none is asked for before the next one's are on their way."""
+    events, read = [], retriever.processor.document
+
+    def noted(_, *arguments, **options):
+        events.append("item")
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(embedder, "WINDOW", 8)
+    monkeypatch.setattr(type(retriever.processor), "document", noted)
+    monkeypatch.setattr(embedder, "_read", _Recorder(embedder._read, events))
+    found = retriever.encode_document(documents).embeddings
+    monkeypatch.undo()
+    np.testing.assert_allclose(found, retriever.encode_document(documents).embeddings, atol=2e-5)
+    assert events.index("fetched") > len(events) - 1 - events[::-1].index("item")
+
+
+class _Recorder:
+    """A program that notes down when its results are asked for."""
+
+    def __init__(self, program, events):
+        self.program, self.events, self.seconds = program, events, 0.0
+
+    def __call__(self, *arguments):
+        states, events = self.program(*arguments), self.events
+
+        class Result:
+            def __array__(self, *_, **__):
+                events.append("fetched")
+                return np.asarray(states)
+
+        return Result()
+
+
 def test_nothing_is_compiled_after_warming_up(retriever, queries):
     options = dataclasses.replace(retriever.config.evaluation, batch_size=32)
     warm = retriever.configured(dataclasses.replace(retriever.config, evaluation=options))

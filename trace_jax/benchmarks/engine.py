@@ -157,12 +157,15 @@ def transformers(options: Flat = Options(), count: int = 1024) -> None:
         theirs = _Transformers(f"{folder}/model", retriever)
     sizes = (32, 64, 128)
     read, deep_read = ([retriever.processor.query(query) for query in some] for some in (queries, hard))
-    rooms = retriever._packer.rooms(read)
+
+    def window(sequences: list[Tokens]) -> list[tuple[np.ndarray, list[Tokens]]]:
+        return [(np.arange(len(sequences)), sequences)]
+
     contestants: dict[str, Callable[[], Any]] = {
         "direct, trace_jax": lambda: retriever.encode_query(queries, "direct").embeddings,
         "always, trace_jax": lambda: retriever.encode_query(hard, "always").traces,
-        "direct, trace_jax from tokens": lambda: retriever._encode_window(read, rooms),
-        "always, trace_jax from tokens": lambda: retriever._generate(deep_read, "always"),
+        "direct, trace_jax from tokens": lambda: retriever._encode(window(read), len(read)),
+        "always, trace_jax from tokens": lambda: list(retriever._generate(window(deep_read), len(deep_read), "always")),
     }
     for size in sizes:
         direct, always = theirs.batches(queries, size), theirs.batches(hard, size)

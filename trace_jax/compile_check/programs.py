@@ -257,11 +257,11 @@ def generation_programs(
         yield from reads("embed", documents, embedder._read.jitted, {})
     if "decode" in kinds:
         dtype = options.cache_dtype or config.model.dtype
-        slots = _placed(
-            jax.eval_shape(lambda: generation._empty_slots(language, options.batch_size, longest, decoding, dtype)),
-            "tensor" if language.num_kv_heads % mesh.shape["tensor"] == 0 else None,
-            mesh,
-        )
+        with jax.set_mesh(mesh):
+            empty = jax.eval_shape(
+                lambda: generation._empty_slots(language, options.batch_size, longest, decoding, dtype)
+            )
+        slots = _placed(empty, "tensor" if language.num_kv_heads % mesh.shape["tensor"] == 0 else None, mesh)
         least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
         seen = longest + decoding.max_new_tokens / 2
         needed = forward_flops(architecture, tokens=options.batch_size, seen=seen, heads=options.batch_size)

@@ -57,14 +57,14 @@ def attention(
     if backend == "splash":
         return _splash(q, k, v, segments_q, segments_kv, causal)
     if not causal:
-        return checkpoint_name(attend(q, k, v, _same_segment(segments_q, segments_kv)), ATTENTION)
+        return checkpoint_name(attend(q, k.swapaxes(2, 3), v, _same_segment(segments_q, segments_kv)), ATTENTION)
     block = length // CAUSAL_BLOCKS if length >= 128 and length % CAUSAL_BLOCKS == 0 else length
     parts = []
     for start in range(0, length, block):  # a block of queries leaves out the keys after it
         rows, keys = slice(start, start + block), slice(0, start + block)
         earlier = jnp.tril(jnp.ones((block, start + block), bool), start)[None]
         seen = earlier & _same_segment(segments_q[:, rows], segments_kv[:, keys])
-        parts.append(attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], seen))
+        parts.append(attend(q[:, :, rows], k[:, :, keys].swapaxes(2, 3), v[:, :, keys], seen))
     return checkpoint_name(jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], ATTENTION)
 
 
@@ -75,12 +75,14 @@ def _same_segment(segments_q: Array, segments_kv: Array) -> Array:
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Shapes as `attention`; mask [rows, length_q, length_kv] bool: who sees whom."""
+    """As `attention`, but k is [rows, kv_heads, head_dim, length_kv], and mask [rows, length_q, length_kv] bool tells
+    who sees whom.
+    """
     rows, heads, length, width = q.shape
-    kv_heads, slots = k.shape[1:3]
+    kv_heads, slots = v.shape[1:3]
     mask = mask[:, None, None]
     grouped = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(rows, kv_heads, -1, width)
-    scores = jnp.einsum("bhqd,bhkd->bhqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bhqd,bhdk->bhqk", grouped, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores.reshape(rows, kv_heads, heads // kv_heads, length, slots), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from trace_jax import sharding
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.attention import Backend, attend, attention
@@ -36,23 +37,42 @@ Array = jax.Array
 class Int8(NamedTuple):
     """Keys or values in a byte each: the product of both is meant."""
 
-    values: Array  # [rows, kv_heads, slots, head_dim] int8
-    scales: Array  # [rows, kv_heads, slots, 1] float32
+    values: Array  # int8, in the shape of the keys or values
+    scales: Array  # float32, the same, but for one feature
 
 
-Kept = Array | Int8  # [rows, kv_heads, slots, head_dim]
+Kept = Array | Int8  # [rows, kv_heads, slots, head_dim], of keys the last two as `key_slots` says
 LayerCache = tuple[Kept, Kept]  # k, v
+KeysValues = tuple[Array, Array]  # of a layer, both [rows, kv_heads, length, head_dim]
 Cache = tuple[LayerCache, ...]  # one a layer; a stacked cache would be copied at every step
 Pick = Callable[[Array], Array]  # [rows, length, features] -> [..., features]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> the result, and what to keep
+Put = Callable[[Array, Array, int], Array]  # a leaf of a cache, what comes into it, which axis is the slots
 
 
-def kept_as(new: Array, like: Kept) -> Kept:
-    """Keys or values in the dtype, or the bytes, of those that are kept already."""
+def key_slots() -> int:
+    """Which axis of a cache's keys is the slots.
+
+    On CPU the last, like that of the scores, which then take a third of the time. A TPU's tiles are 128 wide there:
+    writing one slot of each row would be writing a sixth of the cache.
+    """
+    return 3 if sharding.platform() == "cpu" else 2
+
+
+def update(cache: LayerCache, k: Array, v: Array, put: Put) -> LayerCache:
+    """A layer's cache with k and v [rows, kv_heads, n, head_dim] put into it, in its own dtype or bytes."""
+
+    def one(old: Kept, new: Array, slots: int) -> Kept:
+        return jax.tree.map(lambda leaf, into: put(leaf, into, slots), old, _kept_as(new, old, features=5 - slots))
+
+    return one(cache[0], k.swapaxes(2, key_slots()), key_slots()), one(cache[1], v, 2)
+
+
+def _kept_as(new: Array, like: Kept, features: int) -> Kept:
     if not isinstance(like, Int8):
         return new.astype(like.dtype)
     new = new.astype(jnp.float32)
-    scales = jnp.maximum(jnp.abs(new).max(axis=-1, keepdims=True), 1e-30) / 127
+    scales = jnp.maximum(jnp.abs(new).max(axis=features, keepdims=True), 1e-30) / 127
     return Int8(jnp.round(new / scales).astype(jnp.int8), scales)
 
 
@@ -67,7 +87,8 @@ def empty_cache(architecture: LanguageArchitecture, rows: int, slots: int, dtype
     shape = (rows, architecture.num_kv_heads, slots)
     values = jnp.zeros((*shape, architecture.head_dim), dtype)
     one = Int8(values, jnp.zeros((*shape, 1), jnp.float32)) if values.dtype == jnp.int8 else values
-    return tuple((one, one) for _ in range(architecture.num_layers))
+    keys = jax.tree.map(lambda leaf: leaf.swapaxes(2, key_slots()), one)
+    return tuple((keys, one) for _ in range(architecture.num_layers))
 
 
 class SelfAttention(nnx.Module):
@@ -188,22 +209,22 @@ class Decoder(nnx.Module):
         keep: bool = False,
         pick: Pick | None = None,
         dropout: Array | None = None,
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, tuple[KeysValues, ...]]:
         """Packed rows: x [rows, L, hidden], segments [rows, L], positions [rows, L, 3] int32.
 
         Returns the states after the final norm [rows, L, hidden] float32, and, to `keep`, the keys and values of every
-        layer, L slots a row (else an empty tuple). With `pick`, only the states that it takes out are computed to the
-        end, in the shape that it gives them. `dropout` is the step's key of the adapters' dropout, None: off.
+        layer (else an empty tuple). With `pick`, only the states that it takes out are computed to the end, in the
+        shape that it gives them. `dropout` is the step's key of the adapters' dropout, None: off.
         """
         rotary = self._rotary(positions)
 
-        def within(q: Array, k: Array, v: Array) -> tuple[Array, LayerCache | None]:
+        def within(q: Array, k: Array, v: Array) -> tuple[Array, KeysValues | None]:
             y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=True, backend=self.attention)
             return y, (k, v) if keep else None
 
         def body(
             layer: DecoderLayer, x: Array, index: Array, pick: Pick | None = None
-        ) -> tuple[Array, LayerCache | None]:
+        ) -> tuple[Array, KeysValues | None]:
             key = None if dropout is None else jax.random.fold_in(dropout, index)
             return layer(x, rotary, within, key, pick)
 
@@ -229,18 +250,16 @@ class Decoder(nnx.Module):
         """
         rotary = self._rotary(positions)
 
-        def write(old: Kept, new: Array) -> Kept:
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=at, axis=2)
-            return jax.tree.map(put, old, kept_as(new, old))
+        def put(old: Array, new: Array, slots: int) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new, at, slots)
 
         caches = []
-        for layer, (keys, values) in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
+        for layer, old in zip(unstack_layers(self.layers, len(cache)), cache, strict=True):
 
-            def to_cache(
-                q: Array, k: Array, v: Array, keys: Kept = keys, values: Kept = values
-            ) -> tuple[Array, LayerCache]:
-                kept = write(keys, k), write(values, v)
-                return attend(q, _read(kept[0], q.dtype), _read(kept[1], q.dtype), seen), kept
+            def to_cache(q: Array, k: Array, v: Array, old: LayerCache = old) -> tuple[Array, LayerCache]:
+                kept = update(old, k, v, put)
+                keys, values = (_read(each, q.dtype) for each in kept)
+                return attend(q, keys.swapaxes(key_slots(), 3), values, seen), kept
 
             x, kept = layer(x, rotary, to_cache)
             caches.append(kept)

@@ -14,7 +14,7 @@ from trace_jax.data import schema
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.attention import Backend
-from trace_jax.model.language import Cache, Decoder
+from trace_jax.model.language import Cache, Decoder, KeysValues
 from trace_jax.model.layers import DTypes, Linear, Remat
 from trace_jax.model.projector import Projector
 from trace_jax.model.vision import VisionEncoder
@@ -152,7 +152,7 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         keep: bool,
         at: Array | None = None,
         dropout: Array | None = None,
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, tuple[KeysValues, ...]]:
         shards, rows, length = inputs.tokens.shape
         pick = None if at is None else lambda x: take_states(x.reshape(shards, rows, length, -1), at)
         x = self.embed(jnp.asarray(inputs.tokens))
@@ -201,8 +201,10 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
-    def prefill(self, inputs: Inputs, *, visual: Array | None = None, at: Array | None = None) -> tuple[Array, Cache]:
-        """As a call, and keeps keys and values: the states, and a cache of S * R rows of L slots."""
+    def prefill(
+        self, inputs: Inputs, *, visual: Array | None = None, at: Array | None = None
+    ) -> tuple[Array, tuple[KeysValues, ...]]:
+        """As a call; also returns the keys and values of every layer, S * R rows of L slots."""
         return self._read(inputs, visual, keep=True, at=at)
 
     def decode(self, cache: Cache, tokens: Array, positions: Array, at: Array, seen: Array) -> tuple[Array, Cache]:

@@ -5,6 +5,8 @@ Sec. 3.1: candidates never reason); other queries go through generation. The sha
 back in the order of the input, and do not depend on what else is in the batch beyond the noise of float arithmetic.
 """
 
+import collections
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -53,8 +55,10 @@ from trace_jax.training.train import load_model, model_identity, restore_model, 
 log = logging.getLogger(__name__)
 
 WINDOW = 1024  # sequences, and their decoded images, that are in memory at once
+AHEAD = 16  # batches that wait for the devices while the host reads and packs what comes next
 
 OnError = Literal["raise", "skip"]
+Window = tuple[np.ndarray, list[Tokens]]  # the numbers of some items, and their sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +87,6 @@ class Encoded:
             capped=np.zeros(count, bool),
             seconds=0.0,
         )
-
-    @classmethod
-    def joined(cls, parts: Sequence["Encoded"]) -> "Encoded":
-        """One after another; at least one."""
-
-        def join(values: list[Any]) -> Any:
-            if isinstance(values[0], float):
-                return sum(values)
-            return np.concatenate(values) if isinstance(values[0], np.ndarray) else list(itertools.chain(*values))
-
-        return cls(**{f.name: join([getattr(part, f.name) for part in parts]) for f in dataclasses.fields(cls)})
 
 
 class Retriever:
@@ -265,11 +258,12 @@ class Retriever:
         mode, sequences = mode or self.config.evaluation.mode, self._read(sample)
         self._longest = rounded(max(map(len, sequences)), LEAST_LENGTH)
         self._warm = self.rooms_for(sample)
-        self._encode_window([self.processor.finish(sequence) for sequence in sequences], self._warm)
+        numbers = np.arange(len(sequences))
+        self._encode([(numbers, [self.processor.finish(sequence) for sequence in sequences])], len(sequences))
         if mode != "direct":
             with jax.set_mesh(self.mesh):
-                batches = (sharding.to_devices(rows, self.mesh) for _, rows in self._packer.deal(sequences, self._warm))
-                warm_up(self._reads, batches, mode=mode, **self._decoding(sequences))
+                batches = (rows for _, rows in self._batches([(numbers, sequences)]))
+                warm_up(self._reads, batches, mode=mode, **self._decoding(self._longest, len(sequences)))
 
     def _read(self, sample: Sequence[Query | Document]) -> list[Tokens]:
         read = self.processor
@@ -293,42 +287,57 @@ class Retriever:
         progress: bool = False,
     ) -> Encoded:
         """The normalised state of each sequence's last token, which predicts <|emb|>, or is it (`data.position`)."""
-        parts = [Encoded.blank(0, self.width)]
-        for part, chosen, prompts in self._windows(count, reader, progress):
-            sequences = [self.processor.finish(prompt) for prompt in prompts]
-            fitting = self._fitting(sequences, rooms)
-            part.embeddings[chosen] = cut_vectors(self._encode_window(sequences, fitting), self.width)
-            parts.append(part)
-        return Encoded.joined(parts)
+        encoded = Encoded.blank(count, self.width)
+        windows = (
+            (chosen, [self.processor.finish(prompt) for prompt in prompts])
+            for chosen, prompts in self._windows(reader, encoded, progress)
+        )
+        states = self._encode(windows, count, rooms)
+        return dataclasses.replace(encoded, embeddings=cut_vectors(states, self.width))
+
+    def _encode(self, windows: Iterable[Window], count: int, rooms: dict[bool, Room] | None = None) -> np.ndarray:
+        """The state at the end of each sequence, of unit length, by its number: [count, D] float32, else zeros."""
+        out = np.zeros((count, self.model.architecture.language.hidden_size), np.float32)
+        waiting: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
+
+        def fetch() -> None:
+            members, states = waiting.popleft()
+            out[members[members >= 0]] = np.asarray(states).reshape(len(members), -1)[members >= 0]
+
+        with jax.set_mesh(self.mesh):
+            for members, rows in self._batches(windows, rooms):
+                waiting.append((members, _read(self._reads, rows)))
+                if len(waiting) > AHEAD:
+                    fetch()
+        while waiting:
+            fetch()
+        return out
+
+    def _batches(
+        self, windows: Iterable[Window], rooms: dict[bool, Room] | None = None
+    ) -> Iterator[tuple[np.ndarray, Rows]]:
+        """Packed batches on the devices, and the number of the item that each of their places holds; -1: none."""
+        for numbers, sequences in windows:
+            for members, rows in self._packer.deal(sequences, self._fitting(sequences, rooms)):
+                yield np.where(members >= 0, numbers[members], -1), sharding.to_devices(rows, self.mesh)
 
     def _fitting(self, sequences: Sequence[Tokens], rooms: dict[bool, Room] | None) -> dict[bool, Room]:
         """The caller's shapes, or those of `warm_up`; measured is only what neither has, which a long job has not."""
         known = rooms or self._warm
         return self._packer.rooms([each for each in sequences if bool(each.images) not in known]) | known
 
-    def _windows(
-        self, count: int, reader: "_Reader", progress: bool
-    ) -> Iterator[tuple[Encoded, list[int], list[Tokens]]]:
-        """The items that are in memory at once: what they will become, which of them were read, and those."""
+    def _windows(self, reader: "_Reader", encoded: Encoded, progress: bool) -> Iterator[Window]:
+        """The items, as many as are in memory at once; notes down the errors, and the lengths of the others."""
+        count = len(encoded.errors)
         with tqdm(total=count, desc="encoding", unit=reader.kind, disable=not progress, dynamic_ncols=True) as bar:
             for first in range(0, count, WINDOW):
-                part = Encoded.blank(min(WINDOW, count - first), self.width)
-                sequences = [reader.read(first + i, part.errors, i) for i in range(len(part.errors))]
-                chosen = [i for i, sequence in enumerate(sequences) if sequence is not None]
-                there = [sequence for sequence in sequences if sequence is not None]
-                part.prompt_tokens[chosen] = [len(sequence) for sequence in there]
-                yield part, chosen, there
-                bar.update(len(sequences))
-
-    def _encode_window(self, sequences: Sequence[Tokens], rooms: dict[bool, Room]) -> np.ndarray:
-        out = np.empty((len(sequences), self.model.architecture.language.hidden_size), np.float32)
-        waiting: list[tuple[np.ndarray, jax.Array]] = []
-        with jax.set_mesh(self.mesh):
-            for members, rows in self._packer.deal(sequences, rooms):
-                waiting.append((members, _read(self._reads, sharding.to_devices(rows, self.mesh))))
-        for members, states in waiting:  # fetched last: the host packs while the device computes
-            out[members[members >= 0]] = np.asarray(states).reshape(len(members), -1)[members >= 0]
-        return out
+                numbers = range(first, min(first + WINDOW, count))
+                read = {i: sequence for i in numbers if (sequence := reader.read(i, encoded.errors)) is not None}
+                if read:
+                    chosen, sequences = np.array(list(read)), list(read.values())
+                    encoded.prompt_tokens[chosen] = [len(sequence) for sequence in sequences]
+                    yield chosen, sequences
+                bar.update(len(numbers))
 
     # ---- queries -----------------------------------------------------------------------------------------
 
@@ -367,49 +376,54 @@ class Retriever:
         """What follows the traces that the model writes."""
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(map(repr, MODES))}")
-        parts = [Encoded.blank(0, self.width)]
         started, compiling = time.perf_counter(), compilations()[1] + _read.seconds
         if mode == "direct":
             encoded = self._encode_packed(count, reader, rooms, progress=progress)
             return dataclasses.replace(encoded, seconds=_since(started, compiling))
-        for part, chosen, sequences in self._windows(count, reader, progress):
-            if chosen:
-                order, result = self._generate(sequences, mode, rooms)
-                members = np.array(chosen)[order]
-                vectors = result.embeddings
-                if self.processor.position == "token":  # an ablation: all is read once more, with <|emb|>
-                    traces = zip(order, result.traces(), strict=True)
-                    whole = [self.processor.finish(append(sequences[i], trace)) for i, trace in traces]
-                    vectors = self._encode_window(whole, self._packer.rooms(whole))
-                part.embeddings[members] = cut_vectors(vectors, self.width)
-                part.reasoned[members], part.capped[members] = result.reasoned, result.capped
-                part.trace_tokens[members] = result.lengths
-                for i, trace in zip(members, result.traces(), strict=True):
-                    part.traces[i] = self.processor.decode(trace).strip()
-            parts.append(part)
-        return dataclasses.replace(Encoded.joined(parts), seconds=_since(started, compiling))
+        encoded, written = Encoded.blank(count, self.width), [[] for _ in range(count)]
+        for members, result in self._generate(self._windows(reader, encoded, progress), count, mode, rooms):
+            encoded.embeddings[members] = cut_vectors(result.embeddings, self.width)
+            encoded.reasoned[members], encoded.capped[members] = result.reasoned, result.capped
+            encoded.trace_tokens[members] = result.lengths
+            for i, trace in zip(members, result.traces(), strict=True):
+                written[i], encoded.traces[i] = trace, self.processor.decode(trace).strip()
+        if self.processor.position == "token":  # an ablation: all is read once more, with <|emb|>
+            whole = self._encode_packed(count, reader.with_traces(written), rooms=None, progress=progress)
+            encoded = dataclasses.replace(encoded, embeddings=whole.embeddings)
+        return dataclasses.replace(encoded, seconds=_since(started, compiling))
 
     def _generate(
-        self, sequences: Sequence[Tokens], mode: Reasoning, rooms: dict[bool, Room] | None = None
-    ) -> tuple[list[int], Generation]:
-        """Which prompt each row of the result is of, and the result."""
-        fitting = self._fitting(sequences, rooms)
-        dealt: list[np.ndarray] = []
+        self, windows: Iterable[Window], count: int, mode: Reasoning, rooms: dict[bool, Room] | None = None
+    ) -> Iterator[tuple[np.ndarray, Generation]]:
+        """What is written after prompts, at most `count`, and their numbers.
 
-        def batches() -> Iterator[Rows]:
-            for members, rows in self._packer.deal(sequences, fitting):
-                dealt.append(members)
-                yield sharding.to_devices(rows, self.mesh)
+        All windows are one stream, so that slots are refilled from window to window; but a prompt that is longer than
+        all before needs another cache, and begins another.
+        """
+        longest = self._longest
 
-        with jax.set_mesh(self.mesh):
-            result = generate(self._reads, batches(), mode=mode, **self._decoding(sequences))
-        self.work = self.work.plus(result.work)
-        members = np.concatenate(dealt)
-        rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}
-        return members[members >= 0].tolist(), result._replace(**rows)
+        def room(window: Window) -> int:
+            nonlocal longest
+            longest = max(longest, rounded(max(map(len, window[1])), LEAST_LENGTH))
+            return longest
 
-    def _decoding(self, sequences: Sequence[Tokens]) -> dict[str, Any]:
-        """How traces are written after these prompts: arguments of `generate`."""
+        for length, stream in itertools.groupby(windows, room):
+            dealt: list[np.ndarray] = []
+
+            def batches(stream: Iterable[Window] = stream, dealt: list[np.ndarray] = dealt) -> Iterator[Rows]:
+                for members, rows in self._batches(stream, rooms):
+                    dealt.append(members)
+                    yield rows
+
+            with jax.set_mesh(self.mesh):
+                result = generate(self._reads, batches(), mode=mode, **self._decoding(length, count))
+            self.work = self.work.plus(result.work)
+            members = np.concatenate(dealt)
+            rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}
+            yield members[members >= 0], result._replace(**rows)
+
+    def _decoding(self, longest: int, count: int) -> dict[str, Any]:
+        """How traces are written after `count` prompts of at most `longest` tokens: arguments of `generate`."""
         options = self.config.evaluation
         decoding = Decoding(
             stops=(self.processor.emb, self.processor.end),
@@ -419,9 +433,8 @@ class Retriever:
             samples=options.samples,
             seed=self.config.training.seed,
         )
-        longest = max(self._longest, rounded(max(map(len, sequences)), LEAST_LENGTH))
-        count = options.batch_size if self._warm else power_of_two(len(sequences) * options.samples)
-        each = power_of_two(math.ceil(min(options.batch_size, count) / self._shards))
+        most = options.batch_size if self._warm else min(options.batch_size, power_of_two(count * options.samples))
+        each = power_of_two(math.ceil(most / self._shards))
         slots = self._shards * min(each, self._slots_in_memory(decoding.cache_length(longest)))
         return {"decoding": decoding, "longest": longest, "slots": slots, "cache_dtype": self._cache_dtype}
 
@@ -472,8 +485,14 @@ class _Reader:
         self._tokenize, self._names, self._skip = tokenize, names, on_error == "skip"
         self._longest, self.kind = longest - 1, kind  # <|emb|> may follow
 
-    def read(self, number: int, errors: list[str], at: int) -> Tokens | None:
-        """Item `number`; None, and its message in errors[at], where it is skipped."""
+    def with_traces(self, traces: Sequence[Sequence[int]]) -> "_Reader":
+        """The same items, each with so many tokens after it."""
+        other = copy.copy(self)
+        other._tokenize = lambda i, name: append(self._tokenize(i, name), traces[i])
+        return other
+
+    def read(self, number: int, errors: list[str]) -> Tokens | None:
+        """Item `number`; None, and its message among the errors, where it is skipped."""
         name = self._names[number] if self._names else f"{self.kind} {number}"
         try:
             sequence = self._tokenize(number, name)
@@ -486,7 +505,7 @@ class _Reader:
         except (ValueError, TypeError) as error:
             named = str(error).startswith(name)
             if self._skip:
-                errors[at] = str(error) if named else f"{name}: {error}"
+                errors[number] = str(error) if named else f"{name}: {error}"
                 return None
             if named:
                 raise

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.language import Cache, Int8, Kept, empty_cache, kept_as
+from trace_jax.model.language import Cache, KeysValues, empty_cache, update
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.packing import Rows
 
@@ -138,7 +138,7 @@ class Prefilled(NamedTuple):
     shift: Array  # [N] int32: M-RoPE position of the next token, less its number
     row: Array  # [N] int32: where it was read
     places: Array  # [N, P] int32: the slots of its tokens in that row; any after its end
-    cache: Cache  # of the rows
+    cache: tuple[KeysValues, ...]  # of the rows
 
 
 class Slots(NamedTuple):
@@ -472,17 +472,23 @@ def _admit(slots: Slots, prefilled: Prefilled, to: Array, chosen: Array, samples
     def of_sample(values: Array) -> Array:
         return jnp.take_along_axis(take(values), samples[:, None], axis=1, mode="clip")[:, 0]
 
-    def put_cache(old: Kept, packed: Array) -> Kept:
-        found = jnp.take_along_axis(packed[take(prefilled.row)], take(prefilled.places)[:, None, :, None], axis=2)
-        number = found.shape[2]
-        return jax.tree.map(lambda leaf, new: leaf.at[to, :, :number].set(new, mode="drop"), old, kept_as(found, old))
+    def find(packed: Array) -> Array:
+        """[rows, kv_heads, L, head_dim] -> [m, kv_heads, P, head_dim]."""
+        return jnp.take_along_axis(packed[take(prefilled.row)], take(prefilled.places)[:, None, :, None], axis=2)
+
+    def put_prompt(old: Array, new: Array, slots: int) -> Array:
+        where = (to, *[slice(None)] * (slots - 1), slice(new.shape[slots]))
+        return old.at[where].set(new, mode="drop")
 
     lengths = take(prefilled.lengths)
     room = ((0, 0), (0, slots.tokens.shape[1] - prefilled.tokens.shape[1]))
     tokens = jnp.pad(take(prefilled.tokens), room).at[jnp.arange(len(chosen)), lengths].set(of_sample(prefilled.first))
     return place_rows(
         Slots(
-            cache=jax.tree.map(put_cache, slots.cache, prefilled.cache, is_leaf=lambda leaf: isinstance(leaf, Int8)),
+            cache=tuple(
+                update(old, find(k), find(v), put_prompt)
+                for old, (k, v) in zip(slots.cache, prefilled.cache, strict=True)
+            ),
             seen=put(slots.seen, jnp.arange(slots.seen.shape[1], dtype=jnp.int32)[None] < lengths[:, None]),
             next=slots.next,
             tokens=put(slots.tokens, tokens),

@@ -14,6 +14,7 @@ from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Array, Inputs
 
 SLACK = 1.04  # room of a packed batch above what a sample needs
+SEATS = 1.25  # likewise, of sequences above those of a batch on average: others are shorter
 LEAST_LENGTH = 16  # tokens of a row that holds all there is; longer ones are multiples
 LEAST_PATCHES = 64  # patches, likewise
 LEAST_ROWS = 4  # rows of a long job, likewise
@@ -85,7 +86,7 @@ class Packer:
             """Of each of so many batches: a last one that is nearly empty costs no less."""
             parts = batches * self.shards
             rows, patch_rows = (few(max(math.ceil(n / parts), round(n * SLACK / parts))) for n in needed)
-            seats = 2 * power_of_two(math.ceil(each / batches))
+            seats = few(math.ceil(each / batches * SEATS))
             return Room(seats, rows, self.row_length, min(patch_rows, len(images)), self.patch_row_length)
 
         def slots(batches: int) -> int:
