@@ -116,6 +116,12 @@ NESTED = """HloModule jit_step, is_scheduled=true
   ROOT %y = bf16[4,32]{1,0:S(1)} convolution(%p4, %weights), dim_labels=bf_io->bf
 }
 
+%looked_up (p9: bf16[100,32], p10: s32[4]) -> bf16[4,32] {
+  %p9 = bf16[100,32]{1,0} parameter(0)
+  %p10 = s32[4]{0} parameter(1)
+  ROOT %rows = bf16[4,32]{1,0:S(1)} gather(%p9, %p10), offset_dims={1}, slice_sizes={1,32}
+}
+
 %scores (p6: bf16[8,32], p7: bf16[1,32], p8: s32[]) -> f32[8] {
   %p6 = bf16[8,32]{1,0} parameter(0)
   %p7 = bf16[1,32]{1,0:S(1)} parameter(1)
@@ -124,12 +130,15 @@ NESTED = """HloModule jit_step, is_scheduled=true
   ROOT %sum = f32[8]{0:S(1)} reduce(%new, %new), dimensions={1}
 }
 
-ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: s32[]) -> f32[8] {
+ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: s32[], t: bf16[100,32]) -> f32[8] {
   %a = bf16[4,64]{1,0:S(1)} parameter(0)
   %w = bf16[28,64,32]{2,1,0} parameter(1)
   %k = bf16[8,32]{1,0} parameter(2)
   %n = bf16[1,32]{1,0:S(1)} parameter(3)
   %i = s32[]{:S(6)} parameter(4)
+  %t = bf16[100,32]{1,0} parameter(5)
+  %ids = s32[4]{0:S(1)} custom-call(), custom_call_target="ids"
+  %x = bf16[4,32]{1,0:S(1)} fusion(%t, %ids), kind=kCustom, calls=%looked_up
   %ahead = (bf16[8,32]{1,0:S(1)}, bf16[8,32]{1,0}, u32[]{:S(2)}) copy-start(%k)
   %part = ((bf16[28,64,32]{2,1,0}), bf16[1,64,32]{2,1,0:S(1)}, s32[]{:S(2)}) slice-start(%w), slice={[0:1]}
   %z = bf16[4,32]{1,0:S(1)} fusion(%a, %w), kind=kOutput, calls=%product
@@ -139,9 +148,11 @@ ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: 
 
 
 def test_traffic_of_nested_fusions_and_of_copies_to_the_chip():
-    """A product reads its layer of the stack; scores read all of the cache that they are written into."""
-    layer, cache = 64 * 32 * 2, 8 * 32 * 2
-    assert hlo.read(NESTED).hbm_bytes == layer + cache + (cache + layer)
+    """A product reads its layer of the stack, a gather its rows of the table; scores read all of the cache that they are
+    written into.
+    """
+    layer, cache, rows = 64 * 32 * 2, 8 * 32 * 2, 4 * 32 * 2
+    assert hlo.read(NESTED).hbm_bytes == layer + cache + rows + (cache + layer)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_told():

@@ -219,12 +219,12 @@ class _Module:
         return sum(reads) + writes
 
     def read_of(self, inside: Computation, name: str, whole: float) -> float:
-        """Bytes that a fusion reads of an array of `whole` bytes: of a layer of a stack, no more than the layer."""
+        """Bytes that a fusion reads of an array of `whole` bytes: of a stack or a table no more than it takes out."""
         if inside[name].is_root:
             return whole
         total = 0.0
         for user in _users(inside, name):
-            if user.opcode in ("slice", "dynamic-slice") and user.operands[0] == name:
+            if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
                 total += bytes_of(user.shape)
             elif user.opcode == "bitcast":
                 total += self.read_of(inside, user.name, whole)
