@@ -17,7 +17,7 @@ from trace_jax.data.tokenizer import Processor, TextTooLongError, append
 from trace_jax.model.qwen2_5_vl import take_states
 from trace_jax.retrieval import embedder, pools
 from trace_jax.retrieval.artifacts import MissingStageError
-from trace_jax.retrieval.embedder import Encoded, Retriever
+from trace_jax.retrieval.embedder import Retriever
 from trace_jax.retrieval.generation import cache_bytes, compilations
 from trace_jax.retrieval.pools import CandidateVectors, embed_candidates
 from trace_jax.training.checkpoint import CheckpointError, read_config
@@ -122,38 +122,21 @@ def test_slots_are_filled_from_window_to_window(retriever, queries, monkeypatch)
     assert len(queries) > 2 * 4
 
 
-def test_the_devices_have_work_while_the_next_window_is_read(retriever, documents, monkeypatch):
-    """Of one window's batches none is asked for before the next one's are on their way."""
-    events, read = [], retriever.processor.document
+def test_shards_are_those_of_single_calls(retriever, documents):
+    """And the devices have work when the first one is asked for: the next ones have been read."""
+    shards, read = [documents[:9], documents[9:10], documents[10:]], []
+    rooms = retriever.rooms_for(documents)
 
-    def noted(_, *arguments, **options):
-        events.append("item")
-        return read(*arguments, **options)
+    def parts(shards=shards):
+        for shard in shards:
+            read.append(len(shard))
+            yield shard, [f"candidate {i}" for i in range(len(shard))]
 
-    monkeypatch.setattr(embedder, "WINDOW", 8)
-    monkeypatch.setattr(type(retriever.processor), "document", noted)
-    monkeypatch.setattr(embedder, "_read", _Recorder(embedder._read, events))
-    found = retriever.encode_document(documents).embeddings
-    monkeypatch.undo()
-    np.testing.assert_allclose(found, retriever.encode_document(documents).embeddings, atol=2e-5)
-    assert events.index("fetched") > len(events) - 1 - events[::-1].index("item")
-
-
-class _Recorder:
-    """A program that notes down when its results are asked for."""
-
-    def __init__(self, program, events):
-        self.program, self.events, self.seconds = program, events, 0.0
-
-    def __call__(self, *arguments):
-        states, events = self.program(*arguments), self.events
-
-        class Result:
-            def __array__(self, *_, **__):
-                events.append("fetched")
-                return np.asarray(states)
-
-        return Result()
+    for shard, vectors in zip(shards, retriever.encode_shards(parts(), rooms=rooms), strict=True):
+        assert read == [9, 1, len(documents) - 10]
+        np.testing.assert_array_equal(vectors, retriever.encode_document(shard, rooms=rooms).embeddings)
+    with pytest.raises(ValueError, match="^candidate 1: "):
+        list(retriever.encode_shards(parts([[documents[0], Document(image=b"no image")]]), rooms=rooms))
 
 
 def test_nothing_is_compiled_after_warming_up(retriever, queries):
@@ -467,7 +450,7 @@ def test_vectors_of_another_checkpoint_lie_beside(benchmark_, retriever, retrain
     config = copied(evaluated[0], tmp_path)
     first = CandidateVectors(config, benchmark_)
     rows, before = np.arange(3), first.read(np.arange(3))
-    monkeypatch.setattr(Retriever, "encode_document", lambda _, documents, **__: Encoded.blank(len(documents), 48))
+    monkeypatch.setattr(Retriever, "encode_shards", lambda _, shards, **__: (np.zeros((len(s), 48)) for s, _ in shards))
     assert embed_candidates(config, retrained, benchmark_) == len(benchmark_.candidates)
     second = CandidateVectors(config, benchmark_)
     assert second.key != first.key and not second.read(rows).any()

@@ -221,14 +221,48 @@ class Retriever:
         TypeError, naming it as in `names`, by default by its number; with `on_error` "skip" it gets zeros for
         a vector and its message in `errors`. `progress` shows a bar.
         """
-
-        def tokenize(i: int, name: str) -> Tokens:
-            return self.processor.document(read_document(documents[i]), name, cut=cut)
-
-        reader = self._reader(tokenize, "document", names, on_error)
+        reader = self._document_reader(documents, names, on_error, cut=cut)
         if self.config.data.candidate_trace != "none":
             return self._encode_written(len(documents), reader, "adaptive", rooms, progress=progress)
         return self._encode_packed(len(documents), reader, rooms, progress=progress)
+
+    def encode_shards(
+        self, shards: Iterable[tuple[Sequence[Item], Sequence[str]]], *, rooms: dict[bool, Room]
+    ) -> Iterator[np.ndarray]:
+        """Documents as vectors [n, d] float32, a shard at a time: those of a pool that memory need not hold.
+
+        Each shard comes with the names of its items. Its vectors are those of `encode_document` and do not depend on
+        other shards; but the devices compute while the host reads the next ones. Raises as `encode_document`.
+        """
+        if self.config.data.candidate_trace != "none":
+            for documents, names in shards:
+                yield self.encode_document(documents, names=names, rooms=rooms).embeddings
+            return
+        sizes: collections.deque[int] = collections.deque()  # of the shards that have been read
+
+        def windows() -> Iterator[Window]:
+            for documents, names in shards:
+                reader, numbers = self._document_reader(documents, names, "raise"), np.arange(len(documents))
+                sizes.append(len(numbers))
+                read = (reader.read(i, []) for i in numbers.tolist())
+                yield numbers, [self.processor.finish(sequence) for sequence in read if sequence is not None]
+
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        for part in self._states(windows(), rooms):
+            parts.append(part)  # batches come in order, each of one shard
+            if sum(len(members) for members, _ in parts) == sizes[0]:
+                members, states = map(np.concatenate, zip(*parts, strict=True))
+                yield cut_vectors(states[np.argsort(members)], self.width)
+                sizes.popleft()
+                parts.clear()
+
+    def _document_reader(
+        self, documents: Sequence[Item], names: Sequence[str] | None, on_error: OnError, *, cut: bool = True
+    ) -> "_Reader":
+        def tokenize(i: int, name: str) -> Tokens:
+            return self.processor.document(read_document(documents[i]), name, cut=cut)
+
+        return self._reader(tokenize, "document", names, on_error)
 
     def encode_query_with_trace(
         self, queries: Sequence[Query], traces: Sequence[str], *, rooms: dict[bool, Room] | None = None
@@ -298,20 +332,27 @@ class Retriever:
     def _encode(self, windows: Iterable[Window], count: int, rooms: dict[bool, Room] | None = None) -> np.ndarray:
         """The state at the end of each sequence, of unit length, by its number: [count, D] float32, else zeros."""
         out = np.zeros((count, self.model.architecture.language.hidden_size), np.float32)
+        for members, states in self._states(windows, rooms):
+            out[members] = states
+        return out
+
+    def _states(
+        self, windows: Iterable[Window], rooms: dict[bool, Room] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of a batch at a time, in order: the numbers of its items [n], and the states at their ends [n, D]."""
         waiting: collections.deque[tuple[np.ndarray, jax.Array]] = collections.deque()
 
-        def fetch() -> None:
+        def fetch() -> tuple[np.ndarray, np.ndarray]:
             members, states = waiting.popleft()
-            out[members[members >= 0]] = np.asarray(states).reshape(len(members), -1)[members >= 0]
+            return members[members >= 0], np.asarray(states).reshape(len(members), -1)[members >= 0]
 
-        with jax.set_mesh(self.mesh):
-            for members, rows in self._batches(windows, rooms):
+        for members, rows in self._batches(windows, rooms):
+            with jax.set_mesh(self.mesh):
                 waiting.append((members, _read(self._reads, rows)))
-                if len(waiting) > AHEAD:
-                    fetch()
+            if len(waiting) > AHEAD:
+                yield fetch()
         while waiting:
-            fetch()
-        return out
+            yield fetch()
 
     def _batches(
         self, windows: Iterable[Window], rooms: dict[bool, Room] | None = None

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from trace_jax import sharding
 from trace_jax.config import Config
 from trace_jax.data.builders.layout import did_of
+from trace_jax.data.schema import Document
 from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever, cut_key, cut_vectors
@@ -158,17 +159,20 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
     embedded = sum(_size(shard, total) for shard in missing)
     sample = range(0, total, max(1, total // SAMPLE)) if missing else ()
     rooms = retriever.rooms_for([store.candidates.document(row) for row in sample])
+
+    def documents(shard: int) -> tuple[list[Document], list[str]]:
+        rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
+        names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
+        return [store.candidates.document(row) for row in rows], names
+
     share = sum(_size(shard, total) for shard in mine)
     quiet = not missing or jax.process_index() > 0
     with tqdm(
         total=share, initial=share - embedded, desc="embedding", unit="candidate", dynamic_ncols=True, disable=quiet
     ) as bar:
-        for shard in missing:
-            rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
-            documents = [store.candidates.document(row) for row in rows]
-            names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
-            store.write(shard, retriever.encode_document(documents, names=names, rooms=rooms).embeddings)
-            bar.update(len(documents))
+        for shard, vectors in zip(missing, retriever.encode_shards(map(documents, missing), rooms=rooms), strict=True):
+            store.write(shard, vectors)
+            bar.update(len(vectors))
     multihost_utils.sync_global_devices("embedded")
     return embedded
 
