@@ -148,7 +148,7 @@ ENTRY %main (a: bf16[4,64], w: bf16[28,64,32], k: bf16[8,32], n: bf16[1,32], i: 
 
 
 def test_traffic_of_nested_fusions_and_of_copies_to_the_chip():
-    """A product reads its layer of the stack, a gather its rows; scores read all of the cache that they are put into."""
+    """A product reads its layer of the stack, a gather its rows; scores all of the cache that they are put into."""
     layer, cache, rows = 64 * 32 * 2, 8 * 32 * 2, 4 * 32 * 2
     assert hlo.read(NESTED).hbm_bytes == layer + cache + rows + (cache + layer)
 

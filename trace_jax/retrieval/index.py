@@ -38,6 +38,7 @@ FLAT_BELOW = 100_000
 MARGIN = 16  # neighbours fetched beyond k, to break ties at the edge by did
 LARGEST = 4_000_000  # candidates of one ScaNN searcher
 RESCORED = 256  # neighbours that hashing hands to exact scores, or as many as are asked for if more
+SEARCHED = 20  # one in so many leaves is looked into; what that finds of a million: docs/engine.md
 ADDED = 256  # candidates that ScaNN adds at once
 COPIED = 1 << 24  # bytes that are copied at once
 EXPORTED = 10_000  # candidates of a file for Vertex AI
@@ -132,7 +133,7 @@ class SearchIndex:
         """The min(k, n) best rows for queries [q, D] float32: rows [q, k] int64 and scores [q, k] float32.
 
         Best first, equal scores by row. Where an approximate index finds fewer, the row is -1 and the score
-        -inf. `leaves` of a tree are looked into instead of the tenth that it was built for.
+        -inf. `leaves` of a tree are looked into instead of those that it was built for.
         """
         k = min(k, len(self.ids))
         # Asked for one at a time: a loop would hold the last one while it reads the next.
@@ -219,7 +220,7 @@ def _build(vectors: np.ndarray) -> Any:
         leaves = round(math.sqrt(count))
         builder = builder.tree(
             num_leaves=leaves,
-            num_leaves_to_search=max(8, leaves // 10),
+            num_leaves_to_search=max(8, leaves // SEARCHED),
             training_sample_size=min(count, 250_000),
             random_init=False,  # k-means++ has a fixed seed, a random start has none
         )
