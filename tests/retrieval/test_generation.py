@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
-from trace_jax.retrieval.generation import Decoding, Generation, cache_bytes, compilations, generate
+from trace_jax.retrieval.generation import Decoding, Generation, Memory, cache_bytes, compilations, generate
 from trace_jax.retrieval.packing import Room
 
 SEQUENCES = [
@@ -34,12 +34,24 @@ def model() -> Qwen2_5_VL:
     return model
 
 
-def run(model, sequences, mode="adaptive", limit=LIMIT, batch=3, slots=8, longest=64, cache_dtype=None, **options):
+def run(
+    model,
+    sequences,
+    mode="adaptive",
+    limit=LIMIT,
+    batch=3,
+    slots=8,
+    longest=64,
+    cache_dtype=None,
+    memory=None,
+    **options,
+):
     """Generation over batches of so many prompts, without images and with; results in the order given."""
     rooms = {visual: Room(batch, batch, 64, 4 if visual else 0, 192) for visual in (False, True)}
     members, batches = zip(*tiny.packer(batch).deal(sequences, rooms), strict=True)
     decoding = Decoding((tiny.EMB, tiny.TURN_END), limit, **options)
-    result = generate(model, batches, decoding, longest=longest, slots=slots, mode=mode, cache_dtype=cache_dtype)
+    how = {"longest": longest, "slots": slots, "mode": mode, "cache_dtype": cache_dtype, "memory": memory}
+    result = generate(model, batches, decoding, **how)
     place = np.argsort(np.concatenate(members), kind="stable")[-len(sequences) :]  # -1 are empty places
     return Generation(*(part[place] for part in result[:-1]), result.work)
 
@@ -162,6 +174,17 @@ def test_nothing_is_compiled_after_the_first_time(model):
         run(model, many(37, seed=3), "always", batch=8, slots=16, drafts=drafts)
         run(model, many(9, seed=4), "always", batch=8, slots=16, drafts=drafts)
         assert compilations() == before
+
+
+def test_what_was_written_before_is_guessed(model):
+    """The second time all guesses are right, and what is written is the same."""
+    plain, memory = run(model, SEQUENCES, "always"), Memory()
+    first, again = (run(model, SEQUENCES, "always", drafts=3, memory=memory) for _ in range(2))
+    assert first.traces() == again.traces() == plain.traces()
+    np.testing.assert_allclose(again.embeddings, plain.embeddings, atol=1e-5)
+    assert plain.work.useful == plain.work.tokens == again.work.tokens
+    assert again.work.useful < first.work.useful < plain.work.useful
+    assert again.work.tokens > 2 * again.work.useful
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])

@@ -262,14 +262,17 @@ def generation_programs(
                 lambda: generation._empty_slots(language, options.batch_size, longest, decoding, dtype)
             )
         slots = _placed(empty, "tensor" if language.num_kv_heads % mesh.shape["tensor"] == 0 else None, mesh)
-        least = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh))
+        follows, least = (
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.replicated(mesh))
+            for shape in ((generation.PAIRS,), ())
+        )
         seen = longest + decoding.max_new_tokens / 2
         needed = forward_flops(architecture, tokens=options.batch_size, seen=seen, heads=options.batch_size)
         head = model.language.embed_tokens if model.lm_head is None else model.lm_head
         yield Program(
             "decode",
             generation._decode.jitted,
-            (model, slots, least),
+            (model, slots, follows, least),
             {"decoding": decoding},
             model,
             (),

@@ -37,6 +37,7 @@ from trace_jax.retrieval.generation import (
     MODES,
     Decoding,
     Generation,
+    Memory,
     Mode,
     Program,
     Reasoning,
@@ -116,6 +117,7 @@ class Retriever:
             raise ValueError(f"--evaluation.dimensions {options.dimensions}: the model has {hidden}")
         self.width = options.dimensions or hidden  # d
         self.work = Work()  # of all decoding so far
+        self.memory = Memory()  # of all traces so far, for drafts
         self._shards = sharding.data_shards(mesh)
         self._packer = Packer(
             geometry=processor.geometry,
@@ -457,7 +459,8 @@ class Retriever:
                     yield rows
 
             with jax.set_mesh(self.mesh):
-                result = generate(self._reads, batches(), mode=mode, **self._decoding(length, count))
+                options = self._decoding(length, count)
+                result = generate(self._reads, batches(), mode=mode, memory=self.memory, **options)
             self.work = self.work.plus(result.work)
             members = np.concatenate(dealt)
             rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}

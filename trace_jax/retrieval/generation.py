@@ -11,7 +11,8 @@ step is hardly ever spent on a row that has ended, and no shape depends on the d
 The embedding is the state that predicts <|emb|> ("pre-token", Table 4), so that emitting the token costs no step.
 
 Drafts make a step read several tokens: those that followed the last two tokens where they stood before, in the prompt
-or the trace. Each is kept only if it is the very token that the model itself chooses, so that the result is the same.
+or the trace, or else in whatever trace was written last with these two. Each is kept only if it is the very token that
+the model itself chooses, so that the result is the same.
 """
 
 import collections
@@ -39,6 +40,7 @@ Reasoning = Literal["adaptive", "always"]  # the modes that may write a trace
 NO_TOKEN = -1
 REFILL = 8  # the slots are refilled when one in so many is free
 FEWEST = 8  # slots; fewer are not moved into a smaller batch
+PAIRS = 1 << 16  # pairs of tokens whose follower is remembered for drafts; two may have the same place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,16 @@ class Slots(NamedTuple):
     capped: Array  # [n] bool
 
 
+@dataclasses.dataclass
+class Memory:
+    """Which token came last after a pair of tokens, in all traces that were written with this memory.
+
+    Drafts come from it, so that it changes how long writing takes, and nothing of what is written.
+    """
+
+    follows: Array | None = None  # [PAIRS] int32, at `_place`; None: nothing yet
+
+
 # ---- the host's part ---------------------------------------------------------------------------------------------
 
 
@@ -226,6 +238,7 @@ def generate(
     slots: int,
     mode: Reasoning = "adaptive",
     cache_dtype: Any = None,
+    memory: Memory | None = None,
 ) -> Generation:
     """Embeds batches of prompts, of at most `longest` tokens each; a row of the result for each place of a batch.
 
@@ -233,7 +246,8 @@ def generate(
     predicts it is the embedding. A trace that has not ended after `max_new_tokens` tokens is capped: its last state is
     the embedding. A prompt's result does not depend on the others, nor on `slots`, the most that are decoded at once (a
     multiple of the mesh's data shards). `cache_dtype` is that of the slots' keys and values, by default the model's;
-    int8 keeps a scale with each. Raises ValueError for another mode, or prompts over `longest`.
+    int8 keeps a scale with each. `memory` is that of earlier calls, for drafts. Raises ValueError for another mode, or
+    prompts over `longest`.
     """
     if mode not in get_args(Reasoning):
         raise ValueError(f"mode {mode!r} is neither 'adaptive' nor 'always'")
@@ -241,6 +255,8 @@ def generate(
     prompts = _read_ahead(model, batches, decoding, mode, longest)
     sizes = _sizes(slots)
     running = _empty(model.architecture.language, slots, longest, decoding, cache_dtype or model.dtype)
+    memory = memory or Memory()
+    follows = _no_pairs() if memory.follows is None else memory.follows
     rows: list[_Request | None] = [None] * slots
     waiting: collections.deque[tuple[Prefilled, _Request]] = collections.deque()
     more = True
@@ -254,6 +270,7 @@ def generate(
                 more = False
         occupied = len(rows) - rows.count(None)
         if not occupied:
+            memory.follows = follows
             return written.result(work)
         if more:
             enough = len(rows) - math.ceil(len(rows) / REFILL)
@@ -263,7 +280,8 @@ def generate(
                     keep = sorted(range(len(rows)), key=lambda slot: rows[slot] is None)[:size]
                     running, rows = _resize(running, np.array(keep, np.int32)), [rows[slot] for slot in keep]
             enough = max((smaller for smaller in sizes if smaller < len(rows)), default=0)
-        running, counts = _decode(model, running, np.int32(min(enough, occupied - 1)), decoding=decoding)
+        least = np.int32(min(enough, occupied - 1))
+        running, follows, counts = _decode(model, running, follows, least, decoding=decoding)
         _hand_out(running, rows, written)
         steps, useful, tokens = np.asarray(counts).tolist()
         work = work.plus(Work(steps, steps * len(rows), useful, tokens))
@@ -288,7 +306,7 @@ def warm_up(
         for size in _sizes(slots):
             if size < slots:
                 running = _resize(running, np.arange(size, dtype=np.int32))
-            running, counts = _decode(model, running, np.int32(0), decoding=decoding)  # of free slots: no step
+            running, _, counts = _decode(model, running, _no_pairs(), np.int32(0), decoding=decoding)  # no step
             jax.block_until_ready(counts)
 
 
@@ -509,9 +527,26 @@ def _resize(slots: Slots, keep: Array) -> Slots:
     return place_rows(jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, slots))
 
 
+def _whole(follows: Array) -> Array:
+    """A copy on every device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return follows if mesh.empty else jax.lax.with_sharding_constraint(follows, P())
+
+
+_no_pairs = Program(lambda: _whole(jnp.zeros(PAIRS, jnp.int32)))
+
+
+def _place(before: Array, token: Array) -> Array:
+    """Where the follower of two tokens is remembered: int32 of their shape, below PAIRS."""
+    mixed = before.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + token.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
+    return (mixed >> jnp.uint32(16)).astype(jnp.int32) % PAIRS
+
+
 @functools.partial(Program, static_argnames="decoding", donate_argnums=1)
-def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding) -> tuple[Slots, Array]:
-    """Decodes until `least` [] int32 rows, or fewer, have not ended.
+def _decode(
+    model: Qwen2_5_VL, slots: Slots, follows: Array, least: Array, *, decoding: Decoding
+) -> tuple[Slots, Array, Array]:
+    """Decodes until `least` [] int32 rows, or fewer, have not ended; `follows` as in `Memory`.
 
     Also returns [3] int32: steps, and summed over them, the rows that had not ended and the tokens that these read.
     """
@@ -519,13 +554,13 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
     ahead, places = jnp.arange(width, dtype=jnp.int32), jnp.arange(length, dtype=jnp.int32)
     ring = length - width * decoding.max_new_tokens  # where it begins
 
-    def step(loop: tuple[Slots, Array]) -> tuple[Slots, Array]:
-        slots, counts = loop
+    def step(loop: tuple[Slots, Array, Array]) -> tuple[Slots, Array, Array]:
+        slots, follows, counts = loop
         at = slots.length[:, None] + ahead[None]
         read = jnp.take_along_axis(slots.tokens, slots.length[:, None], axis=1)
+        before = jnp.take_along_axis(slots.tokens, jnp.maximum(slots.length - 1, 0)[:, None], axis=1)
         if decoding.drafts:
-            follows = _last_seen(slots.tokens, slots.length)[:, None] + ahead[None, 1:]
-            read = jnp.concatenate([read, jnp.take_along_axis(slots.tokens, follows, axis=1)], axis=1)
+            read = _guess(slots, before, read, follows, decoding.drafts)
         positions = jnp.repeat((at + slots.shift[:, None])[..., None], 3, axis=2)
         new = places[None] - slots.next  # of the tokens that are read, in the slots of the cache
         within = (new >= 0) & (new <= ahead[:, None])
@@ -545,6 +580,10 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
         number = jnp.where(active, last[:, 0] + 1, 0)
         state = jnp.take_along_axis(states, last[..., None], axis=1)[:, 0]
         counts = counts + jnp.stack([jnp.int32(1), active.sum(dtype=jnp.int32), number.sum(dtype=jnp.int32)])
+        if decoding.drafts:
+            known = active[:, None] & (ahead[None] <= last)
+            place = _place(jnp.concatenate([before, read[:, :-1]], axis=1), read)
+            follows = _whole(follows.at[jnp.where(known, place, PAIRS)].set(chosen, mode="drop"))
         slots = slots._replace(
             cache=cache,
             seen=slots.seen | (active[:, None] & (new >= 0) & (new <= last)),
@@ -555,9 +594,9 @@ def _decode(model: Qwen2_5_VL, slots: Slots, least: Array, *, decoding: Decoding
             done=slots.done | ended,
             capped=jnp.where(active, ended & ~pick(stops), slots.capped),
         )
-        return place_rows(slots), counts
+        return place_rows(slots), follows, counts
 
-    start = place_rows(slots), jnp.zeros(3, jnp.int32)
+    start = place_rows(slots), _whole(follows), jnp.zeros(3, jnp.int32)
     return jax.lax.while_loop(lambda loop: (~loop[0].done).sum(dtype=jnp.int32) > least, step, start)
 
 
@@ -568,18 +607,20 @@ def _write(tokens: Array, new: Array, at: Array, where: Array) -> Array:
     return jnp.where(where[:, None] & (place >= 0) & (place < new.shape[1]), values, tokens)
 
 
-def _last_seen(tokens: Array, length: Array) -> Array:
-    """Where the token at `length` [n] stood last, before that: [n] int32, if possible after the same one as now.
+def _guess(slots: Slots, before: Array, token: Array, follows: Array, drafts: int) -> Array:
+    """The tokens that are due [n, 1], and after each what may follow it and those before them [n, 1]: [n, 1 + drafts].
 
-    Of no use, but within the row [n, C], where it stood nowhere.
+    What followed the same two tokens in the row itself, else what is remembered of others.
     """
-    slots = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    here = jnp.take_along_axis(tokens, length[:, None], axis=1)
-    before = jnp.take_along_axis(tokens, jnp.maximum(length - 1, 0)[:, None], axis=1)
-    same = (tokens == here) & (slots < length[:, None])
-    pair = same & (jnp.roll(tokens, 1, axis=1) == before) & (slots > 0)
-    rank = jnp.where(same, slots + 1, 0) + jnp.where(pair, tokens.shape[1], 0)
-    return jnp.argmax(rank, axis=1).astype(jnp.int32)
+    places = jnp.arange(slots.tokens.shape[1], dtype=jnp.int32)[None]
+    pair = (slots.tokens == token) & (jnp.roll(slots.tokens, 1, axis=1) == before)
+    earlier = jnp.where(pair & (places > 0) & (places < slots.length[:, None]), places, -1).max(axis=1, keepdims=True)
+    number = jnp.arange(1, drafts + 1, dtype=jnp.int32)[None]
+    own = jnp.take_along_axis(slots.tokens, jnp.maximum(earlier, 0) + number, axis=1)
+    others = [before, token]
+    for _ in range(drafts):
+        others.append(follows[_place(others[-2], others[-1])])
+    return jnp.concatenate([token, jnp.where(earlier >= 0, own, jnp.concatenate(others[2:], axis=1))], axis=1)
 
 
 def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> int:
@@ -588,7 +629,7 @@ def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> 
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 
-PROGRAMS = (_prefill, _empty, _admit, _resize, _decode)
+PROGRAMS = (_prefill, _empty, _no_pairs, _admit, _resize, _decode)
 
 
 def compilations() -> tuple[int, float]:
