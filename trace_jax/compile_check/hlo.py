@@ -265,16 +265,23 @@ def groups(collective: Instruction) -> np.ndarray:
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return np.array([list(map(int, each.split(","))) for each in re.findall(r"\{([\d,]+)\}", match[1])])
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        sizes = list(map(int, match[3].split(",")))
-        order = list(map(int, match[4].split(","))) if match[4] else range(len(sizes))
-        return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(int(match[1]), int(match[2]))
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+        return _iota(match[3], match[4]).reshape(int(match[1]), int(match[2]))
+    ids = r"(?:, device_ids=\((?:\[([\d,]+)\](?:T\(([\d,]+)\))?|([\d,]+))\))?"  # where they are not in order
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]" + ids + r" \{([^}]*)\}", text):
         sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        within = re.findall(r"'(\w+)'", match[2])
+        within = re.findall(r"'(\w+)'", match[5])
         order = [list(sizes).index(axis) for axis in (*(axis for axis in sizes if axis not in within), *within)]
-        devices = np.arange(math.prod(sizes.values())).reshape(*sizes.values()).transpose(order)
+        listed = np.array(match[4].split(","), int) if match[4] else None
+        devices = _iota(match[2] or str(math.prod(sizes.values())), match[3]) if listed is None else listed
+        devices = devices.reshape(*sizes.values()).transpose(order)
         return devices.reshape(-1, math.prod(sizes[axis] for axis in within))
     raise ValueError(f"{collective.name}: no groups of devices in {text[:200]!r}")
+
+
+def _iota(sizes: str, order: str | None) -> np.ndarray:
+    """0, 1, ... in an array of these sizes, with its axes in this order."""
+    shape = list(map(int, sizes.split(",")))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(list(map(int, order.split(","))) if order else None)
 
 
 def sent_bytes(collective: Instruction) -> float:
