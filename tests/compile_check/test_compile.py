@@ -35,8 +35,8 @@ for backend in ("xla", "splash"):
         same = {"segments_q": segments, "segments_kv": segments}
         return attention(q, k, v, **same, causal=True, backend=backend).astype(jnp.float32).sum()
     rows, heads = P(sharding.BATCH_AXES), P(sharding.BATCH_AXES, "tensor")
-    shapes = [((4, 28, 2048, 128), jnp.bfloat16, heads)] + [((4, 4, 2048, 128), jnp.bfloat16, heads)] * 2
-    shapes += [((4, 2048), jnp.int32, rows)]
+    shapes = [((4, 28, 8192, 128), jnp.bfloat16, heads)] + [((4, 4, 8192, 128), jnp.bfloat16, heads)] * 2
+    shapes += [((4, 8192), jnp.int32, rows)]
     arrays = [jax.ShapeDtypeStruct(s, t, sharding=NamedSharding(mesh, p)) for s, t, p in shapes]
     with jax.set_mesh(mesh), jax.default_device(devices[0]):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
@@ -83,8 +83,8 @@ def test_weights_are_gathered_and_no_einsum_is_windowed(compiled):
 @needs_compiler
 @pytest.mark.slow
 def test_splash_needs_less_memory_than_xla(compiled):
-    """XLA's holds the scores of a quarter of the queries."""
-    assert compiled["attention"]["splash"] < compiled["attention"]["xla"]
+    """In rows of 8192: XLA's holds the scores of a quarter of the queries."""
+    assert compiled["attention"]["splash"] < 0.5 * compiled["attention"]["xla"]
 
 
 def test_without_the_compiler_the_error_says_what_to_install():

@@ -8,7 +8,8 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
-from trace_jax.retrieval.generation import Decoding, Generation, Memory, cache_bytes, compilations, generate
+from trace_jax.retrieval.drafts import Memory
+from trace_jax.retrieval.generation import Decoding, Generation, cache_bytes, compilations, generate
 from trace_jax.retrieval.packing import Room
 
 SEQUENCES = [

@@ -22,7 +22,7 @@ from trace_jax.model.architecture import Architecture
 from trace_jax.model.flops import forward_flops, model_flops
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.model.weights import flat_parameters, stored_dtype
-from trace_jax.retrieval import embedder, generation
+from trace_jax.retrieval import drafts, embedder, generation
 from trace_jax.retrieval.packing import LEAST_LENGTH, Packer, Rows, rounded
 from trace_jax.training.losses import loss_parameters
 from trace_jax.training.optimizer import make_optimizer
@@ -264,7 +264,7 @@ def generation_programs(
         slots = _placed(empty, "tensor" if language.num_kv_heads % mesh.shape["tensor"] == 0 else None, mesh)
         follows, least = (
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding.replicated(mesh))
-            for shape in ((generation.PAIRS,), ())
+            for shape in ((drafts.PAIRS,), ())
         )
         seen = longest + decoding.max_new_tokens / 2
         needed = forward_flops(architecture, tokens=options.batch_size, seen=seen, heads=options.batch_size)

@@ -33,11 +33,11 @@ from trace_jax.data.schema import Document, Query
 from trace_jax.data.tokenizer import Processor, append
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval.artifacts import MissingStageError, key_of
+from trace_jax.retrieval.drafts import Memory
 from trace_jax.retrieval.generation import (
     MODES,
     Decoding,
     Generation,
-    Memory,
     Mode,
     Program,
     Reasoning,

@@ -10,9 +10,8 @@ step is hardly ever spent on a row that has ended, and no shape depends on the d
 
 The embedding is the state that predicts <|emb|> ("pre-token", Table 4), so that emitting the token costs no step.
 
-Drafts make a step read several tokens: those that followed the last two tokens where they stood before, in the prompt
-or the trace, or else in whatever trace was written last with these two. Each is kept only if it is the very token that
-the model itself chooses, so that the result is the same.
+Drafts (`drafts.py`) make a step read several tokens. Each is kept only if it is the very token that the model itself
+chooses, so that the result is the same.
 """
 
 import collections
@@ -31,6 +30,7 @@ from trace_jax import sharding
 from trace_jax.model.architecture import LanguageArchitecture
 from trace_jax.model.language import Cache, KeysValues, empty_cache, update
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.retrieval import drafts
 from trace_jax.retrieval.packing import Rows
 
 Array = jax.Array
@@ -40,7 +40,6 @@ Reasoning = Literal["adaptive", "always"]  # the modes that may write a trace
 NO_TOKEN = -1
 REFILL = 8  # the slots are refilled when one in so many is free
 FEWEST = 8  # slots; fewer are not moved into a smaller batch
-PAIRS = 1 << 16  # pairs of tokens whose follower is remembered for drafts; two may have the same place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +162,6 @@ class Slots(NamedTuple):
     capped: Array  # [n] bool
 
 
-@dataclasses.dataclass
-class Memory:
-    """Which token came last after a pair of tokens, in all traces that were written with this memory.
-
-    Drafts come from it, so that it changes how long writing takes, and nothing of what is written.
-    """
-
-    follows: Array | None = None  # [PAIRS] int32, at `_place`; None: nothing yet
-
-
 # ---- the host's part ---------------------------------------------------------------------------------------------
 
 
@@ -238,7 +227,7 @@ def generate(
     slots: int,
     mode: Reasoning = "adaptive",
     cache_dtype: Any = None,
-    memory: Memory | None = None,
+    memory: drafts.Memory | None = None,
 ) -> Generation:
     """Embeds batches of prompts, of at most `longest` tokens each; a row of the result for each place of a batch.
 
@@ -255,7 +244,7 @@ def generate(
     prompts = _read_ahead(model, batches, decoding, mode, longest)
     sizes = _sizes(slots)
     running = _empty(model.architecture.language, slots, longest, decoding, cache_dtype or model.dtype)
-    memory = memory or Memory()
+    memory = memory or drafts.Memory()
     follows = _no_pairs() if memory.follows is None else memory.follows
     rows: list[_Request | None] = [None] * slots
     waiting: collections.deque[tuple[Prefilled, _Request]] = collections.deque()
@@ -527,26 +516,14 @@ def _resize(slots: Slots, keep: Array) -> Slots:
     return place_rows(jax.tree.map(lambda leaf: leaf[keep] if leaf.ndim else leaf, slots))
 
 
-def _whole(follows: Array) -> Array:
-    """A copy on every device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return follows if mesh.empty else jax.lax.with_sharding_constraint(follows, P())
-
-
-_no_pairs = Program(lambda: _whole(jnp.zeros(PAIRS, jnp.int32)))
-
-
-def _place(before: Array, token: Array) -> Array:
-    """Where the follower of two tokens is remembered: int32 of their shape, below PAIRS."""
-    mixed = before.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + token.astype(jnp.uint32) * jnp.uint32(0x85EBCA77)
-    return (mixed >> jnp.uint32(16)).astype(jnp.int32) % PAIRS
+_no_pairs = Program(drafts.nothing)
 
 
 @functools.partial(Program, static_argnames="decoding", donate_argnums=1)
 def _decode(
     model: Qwen2_5_VL, slots: Slots, follows: Array, least: Array, *, decoding: Decoding
 ) -> tuple[Slots, Array, Array]:
-    """Decodes until `least` [] int32 rows, or fewer, have not ended; `follows` as in `Memory`.
+    """Decodes until `least` [] int32 rows, or fewer, have not ended; `follows` as in `drafts.Memory`.
 
     Also returns [3] int32: steps, and summed over them, the rows that had not ended and the tokens that these read.
     """
@@ -560,7 +537,7 @@ def _decode(
         read = jnp.take_along_axis(slots.tokens, slots.length[:, None], axis=1)
         before = jnp.take_along_axis(slots.tokens, jnp.maximum(slots.length - 1, 0)[:, None], axis=1)
         if decoding.drafts:
-            read = _guess(slots, before, read, follows, decoding.drafts)
+            read = drafts.guess(slots.tokens, slots.length, before, read, follows, count=decoding.drafts)
         positions = jnp.repeat((at + slots.shift[:, None])[..., None], 3, axis=2)
         new = places[None] - slots.next  # of the tokens that are read, in the slots of the cache
         within = (new >= 0) & (new <= ahead[:, None])
@@ -582,8 +559,7 @@ def _decode(
         counts = counts + jnp.stack([jnp.int32(1), active.sum(dtype=jnp.int32), number.sum(dtype=jnp.int32)])
         if decoding.drafts:
             known = active[:, None] & (ahead[None] <= last)
-            place = _place(jnp.concatenate([before, read[:, :-1]], axis=1), read)
-            follows = _whole(follows.at[jnp.where(known, place, PAIRS)].set(chosen, mode="drop"))
+            follows = drafts.remember(follows, before, read, chosen, known)
         slots = slots._replace(
             cache=cache,
             seen=slots.seen | (active[:, None] & (new >= 0) & (new <= last)),
@@ -596,7 +572,7 @@ def _decode(
         )
         return place_rows(slots), follows, counts
 
-    start = place_rows(slots), _whole(follows), jnp.zeros(3, jnp.int32)
+    start = place_rows(slots), drafts.whole(follows), jnp.zeros(3, jnp.int32)
     return jax.lax.while_loop(lambda loop: (~loop[0].done).sum(dtype=jnp.int32) > least, step, start)
 
 
@@ -605,22 +581,6 @@ def _write(tokens: Array, new: Array, at: Array, where: Array) -> Array:
     place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - at[:, None]
     values = jnp.take_along_axis(new, jnp.clip(place, 0, new.shape[1] - 1), axis=1)
     return jnp.where(where[:, None] & (place >= 0) & (place < new.shape[1]), values, tokens)
-
-
-def _guess(slots: Slots, before: Array, token: Array, follows: Array, drafts: int) -> Array:
-    """The tokens that are due [n, 1], and after each what may follow it and those before them [n, 1]: [n, 1 + drafts].
-
-    What followed the same two tokens in the row itself, else what is remembered of others.
-    """
-    places = jnp.arange(slots.tokens.shape[1], dtype=jnp.int32)[None]
-    pair = (slots.tokens == token) & (jnp.roll(slots.tokens, 1, axis=1) == before)
-    earlier = jnp.where(pair & (places > 0) & (places < slots.length[:, None]), places, -1).max(axis=1, keepdims=True)
-    number = jnp.arange(1, drafts + 1, dtype=jnp.int32)[None]
-    own = jnp.take_along_axis(slots.tokens, jnp.maximum(earlier, 0) + number, axis=1)
-    others = [before, token]
-    for _ in range(drafts):
-        others.append(follows[_place(others[-2], others[-1])])
-    return jnp.concatenate([token, jnp.where(earlier >= 0, own, jnp.concatenate(others[2:], axis=1))], axis=1)
 
 
 def cache_bytes(architecture: LanguageArchitecture, length: int, dtype: Any) -> int:
