@@ -34,5 +34,11 @@ config = Config(
     optimizer=Optimizer(learning_rate=2e-4, warmup_steps=32, weight_decay=0.0, beta2=0.999, clip_norm=1.0),
     mesh=Mesh(data=1, fsdp=-1),
     training=Training(steps=1068),  # one epoch of 1,093,753 pairs
-    evaluation=Evaluation(batch_size=256, max_trace_tokens=320, mesh=Mesh(data=-1, fsdp=1, tensor=4)),
+    evaluation=Evaluation(
+        batch_size=256,
+        max_trace_tokens=320,
+        mesh=Mesh(data=-1, fsdp=1, tensor=4),  # a step of decoding reads each weight once
+        pool_mesh=Mesh(data=1, fsdp=-1),  # nothing but weights is sent, nothing computed twice: docs/tpu.md
+        pool_batch_size=512,
+    ),
 )

@@ -158,7 +158,9 @@ class Evaluation:
     queries: int = 0  # of each file that are asked, spread over it; 0: all
     reasoner: str = ""  # the run whose traces the mode "external" puts into the texts of the queries
     benchmark: str = ""  # the release that is searched and measured on; default data.release
-    mesh: Mesh | None = None  # to embed and to reason on; None is the training's. Weights split over fsdp are slow here
+    mesh: Mesh | None = None  # to embed and to reason on; None is the training's. To reason with fsdp is slow
+    pool_mesh: Mesh | None = None  # to embed whole pools on (launch/embed.py); None is `mesh`
+    pool_batch_size: int | None = None  # documents embedded at once there; None is `batch_size`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(vision/blocks|language/layers)/\w*norm\w*/scale", P()),
     (r"(projector/ln_q|language/norm)/scale", P()),
     (r"vision/patch_embed/kernel", P("tensor", "fsdp")),
-    (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
-    (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/(bias|kernel_scale)", P(None, "tensor")),
+    (r"vision/blocks/attn/qkv/kernel", P(None, "fsdp", None)),  # its heads are split, which are not neighbours in it
+    (r"vision/blocks/attn/qkv/(bias|kernel_scale)", P()),
+    (r"(vision/blocks|language/layers)/.*/([qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"(vision/blocks|language/layers)/.*/([qkv]_proj|gate_proj|up_proj)/(bias|kernel_scale)", P(None, "tensor")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/(bias|kernel_scale)", P()),
     (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_a", P(None, "fsdp", None)),

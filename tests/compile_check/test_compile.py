@@ -14,13 +14,15 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, 
 
 # A process of its own: the compiler's library reads its environment when it is loaded, and is loaded once.
 SCRIPT = """
-import dataclasses, json
+import functools, json
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests import tiny
 from tests.compile_check.test_flops import CONFIG, replaced
 from trace_jax import chips, sharding
-from trace_jax.compile_check import programs, report
+from trace_jax.compile_check import hlo, programs, report
+from trace_jax.config import Mesh
+from trace_jax.model import cache
 from trace_jax.model.attention import attention
 
 programs.read_architecture = lambda config: tiny.architecture()
@@ -42,8 +44,25 @@ for backend in ("xla", "splash"):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     peaks[backend] = compiled.memory_analysis().peak_memory_in_bytes
+
+# A layer's cache of the 7B, 4 key heads on 4 chips, in the kernel's shapes: many rows, three tokens a step, odd slots.
+mesh = sharding.make_mesh(Mesh(data=1, fsdp=1, tensor=4), devices)
+traffic = {}
+for dtype in ("bfloat16", "int8"):
+    for rows, queries, slots in ((64, 1, 768), (8, 3, 1792), (6, 2, 2900)):
+        row, heads = (NamedSharding(mesh, P(sharding.BATCH_AXES, *axes)) for axes in ((), ("tensor",)))
+        values = jax.ShapeDtypeStruct((rows, 4, slots, 128), jnp.dtype(dtype), sharding=heads)
+        scales = jax.ShapeDtypeStruct((rows, 4, 1, slots), jnp.float32, sharding=heads)
+        kept = cache.Int8(values, scales) if dtype == "int8" else values
+        q = jax.ShapeDtypeStruct((rows, 28, queries, 128), jnp.bfloat16, sharding=heads)
+        seen = jax.ShapeDtypeStruct((rows, queries, slots), jnp.bool_, sharding=row)
+        with jax.set_mesh(mesh), jax.default_device(devices[0]):
+            traced = jax.jit(functools.partial(cache.attend_to, backend="splash")).trace((kept, kept), q, seen)
+            text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        least = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept)) / 4
+        traffic[f"{dtype} {rows} {queries} {slots}"] = [text.count("tpu_custom_call"), hlo.read(text).hbm_bytes / least]
 print(*(report.describe(each, chip, 4) for each in reports), sep="\\n")
-print(json.dumps(report.to_json(reports, "v5e:2x2") | {"attention": peaks}))
+print(json.dumps(report.to_json(reports, "v5e:2x2") | {"attention": peaks, "cache": traffic}))
 """
 
 
@@ -59,13 +78,13 @@ def compiled():
 @needs_compiler
 @pytest.mark.slow
 def test_the_programs_compile_and_fit(compiled):
-    names = [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")]
-    assert [each["program"] for each in compiled["programs"]] == ["train step", *names, "decode"]
+    prefill, embed = ([f"{kind}, {what}" for what in ("texts", "with images")] for kind in ("prefill", "embed"))
+    assert [each["program"] for each in compiled["programs"]] == ["train step", *prefill, "decode", *embed]
     for each in compiled["programs"]:
         assert each["fits"] and 0 < each["peak"] < chips.CHIPS["v5e"].hbm
         assert each["hbm_seconds"] > 0 and each["compute_seconds"] > 0
     assert compiled["programs"][0]["optimizer"] > 0
-    decode = compiled["programs"][-1]
+    decode = compiled["programs"][3]
     assert decode["note"].startswith("1 loop")  # the decoding ends when all rows have ended
     assert decode["least_bytes"] > 0 and decode["hbm_bytes"] > 0  # the chip holds all of a model so small
 
@@ -85,6 +104,15 @@ def test_weights_are_gathered_and_no_einsum_is_windowed(compiled):
 def test_splash_needs_less_memory_than_xla(compiled):
     """In rows of 8192: XLA's holds the scores of a quarter of the queries."""
     assert compiled["attention"]["splash"] < 0.5 * compiled["attention"]["xla"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_decoding_reads_the_cache_once_and_nothing_else(compiled):
+    """Scores and weights stay on the chip, and int8 is read as such."""
+    assert len(compiled["cache"]) == 6
+    for shape, (kernels, traffic) in compiled["cache"].items():
+        assert kernels == 1 and 1 <= traffic < 1.06, shape
 
 
 def test_without_the_compiler_the_error_says_what_to_install():

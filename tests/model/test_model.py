@@ -10,7 +10,8 @@ from flax import nnx
 
 from tests import tiny
 from trace_jax.config import Lora
-from trace_jax.model import language, weights
+from trace_jax.model import cache as kept
+from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.layers import quantized
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
@@ -156,11 +157,13 @@ def test_emb_row_stands_in_for_its_token(tie):
     np.testing.assert_array_equal(model.embed(jnp.array([tiny.EMB, 3]))[0], row)
 
 
-@pytest.mark.parametrize(("scan", "key_slots"), [(True, 3), (False, 3), (True, 2)])
-def test_decoding_equals_reading(scan, key_slots, monkeypatch):
+@pytest.mark.parametrize(
+    ("scan", "key_slots", "attention"), [(True, 3, "xla"), (False, 3, "xla"), (True, 2, "xla"), (True, 2, "splash")]
+)
+def test_decoding_equals_reading(scan, key_slots, attention, monkeypatch):
     """Prompts of different lengths and images, then six more tokens; keys as they lie on a CPU, and on a TPU."""
-    monkeypatch.setattr(language, "key_slots", lambda: key_slots)
-    model = make(scan_layers=scan)
+    monkeypatch.setattr(kept, "key_slots", lambda: key_slots)
+    model = make(scan_layers=scan, attention=attention)
     sequences = [tiny.SEQUENCES[i] for i in (0, 1, 2, 4)]
     more = np.random.default_rng(0).integers(1, 140, (4, 6)).astype(np.int32)
     inputs = tiny.prompts(sequences)
@@ -179,9 +182,9 @@ def test_decoding_equals_reading(scan, key_slots, monkeypatch):
     def put(old, new, slots):
         return jax.lax.dynamic_update_slice_in_dim(old, new, 0, slots)
 
-    empty = language.empty_cache(model.architecture.language, 4, 80, jnp.float32)
+    empty = kept.empty_cache(model.architecture.language, 4, 80, jnp.float32)
     assert empty[0][0].shape[key_slots] == empty[0][1].shape[2] == 80
-    cache = tuple(language.update(old, k, v, put) for old, (k, v) in zip(empty, cache, strict=True))
+    cache = tuple(kept.update(old, k, v, put) for old, (k, v) in zip(empty, cache, strict=True))
     seen, places = np.arange(80)[None] < lengths[:, None], np.arange(80)
     step = jax.jit(lambda m, *arguments: m.decode(*arguments))
     for i, length in enumerate(lengths):
@@ -297,3 +300,14 @@ def test_folded_adapters_give_the_same_states(reference):
     assert not any("lora" in path for path in weights.flat_parameters(model))
     np.testing.assert_allclose(tiny.states(model, inputs)[real], before[real], atol=2e-5)
     assert np.abs(before - reference[1])[real].max() > 0.1
+
+
+def test_layers_held_one_by_one_give_the_same_states_where_they_are_unrolled():
+    unrolled, inputs = make(scan_layers=False), tiny.inputs()
+    before = tiny.states(unrolled, inputs)
+    unrolled.unstack()
+    assert len(unrolled.language.layers) == unrolled.architecture.language.num_layers
+    np.testing.assert_array_equal(tiny.states(unrolled, inputs), before)
+    scanned = make(scan_layers=True)
+    scanned.unstack()
+    np.testing.assert_allclose(tiny.states(scanned, inputs), before, atol=2e-5)

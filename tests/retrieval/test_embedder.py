@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -438,6 +439,25 @@ def test_embedding_goes_on_after_a_kill(fresh_config, benchmark_, retriever, mon
     np.testing.assert_array_equal(store.read(rows), whole.read(rows))
     np.testing.assert_array_equal(store.read(rows[510:515]), whole.read(rows)[510:515])
     assert embed_candidates(config, retriever, benchmark_) == 0
+
+
+def test_a_large_pool_has_larger_files_and_a_mesh_of_its_own(retriever, evaluated, benchmark_, tmp_path, monkeypatch):
+    options = dataclasses.replace(evaluated[0].evaluation, pool_mesh=Mesh(data=1, fsdp=2), pool_batch_size=64)
+    config = pools.for_pools(dataclasses.replace(evaluated[0], evaluation=options))
+    assert (config.evaluation.mesh, config.evaluation.batch_size) == (options.pool_mesh, 64)
+    mesh = sharding.make_mesh(config.evaluation.mesh, jax.devices()[:2])
+    processor, identity = retriever.processor, retriever.identity
+    split = Retriever(load_model(config, processor, mesh), processor, config, mesh, step=0, identity=identity)
+    whole, other = CandidateVectors(config, benchmark_), dataclasses.replace(config, workdir=str(tmp_path / "run"))
+    monkeypatch.setattr(pools, "LARGE", 600)
+    monkeypatch.setattr(pools, "LARGE_SHARD", 600)
+    total = len(benchmark_.candidates)
+    assert embed_candidates(other, split, benchmark_) == total
+    large = CandidateVectors(other, benchmark_)
+    assert large.shards == -(-total // 600) and len(large.rows_of(large.shards - 1)) == total - 600 * (large.shards - 1)
+    rows = np.arange(total)
+    assert whole.shard == pools.SHARD
+    assert (large.read(rows) * whole.read(rows)).sum(axis=1).min() > 0.9999
 
 
 def copied(config, tmp_path):

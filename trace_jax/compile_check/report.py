@@ -13,6 +13,7 @@ from trace_jax.chips import GIB, Chip, find_topology
 from trace_jax.compile_check import flops, hlo, programs
 from trace_jax.compile_check.programs import Program
 from trace_jax.config import Config
+from trace_jax.retrieval.pools import for_pools
 
 KINDS = ("train", "prefill", "decode", "embed")
 ASSUMPTIONS = (
@@ -77,10 +78,11 @@ def check(config: Config, topology: str, *, slices: int = 1, kinds: Collection[s
     if "train" in kinds:
         mesh = sharding.make_mesh(config.mesh, devices)
         yield compile_program(programs.train_program(config, architecture, mesh), mesh, chip, config)
-    if set(kinds) - {"train"}:
-        mesh = sharding.make_mesh(config.evaluation.mesh or config.mesh, devices)
-        for program in programs.generation_programs(config, architecture, mesh, kinds):
-            yield compile_program(program, mesh, chip, config)
+    for some, used in (({"prefill", "decode"}, config), ({"embed"}, for_pools(config))):
+        if chosen := some & set(kinds):
+            mesh = sharding.make_mesh(used.evaluation.mesh or used.mesh, devices)
+            for program in programs.generation_programs(used, architecture, mesh, chosen):
+                yield compile_program(program, mesh, chip, used)
 
 
 def compile_program(program: Program, mesh: jax.sharding.Mesh, chip: Chip, config: Config) -> Report:

@@ -5,7 +5,7 @@ kernel for TPUs, whose scores never leave the chip; on CPU it is interpreted, fo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -74,20 +74,22 @@ def _same_segment(segments_q: Array, segments_kv: Array) -> Array:
     return seen & (segments_q != 0)[:, :, None]
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+def attend(q: Array, k: Array, v: Array, mask: Array, scales: Sequence[Array] = ()) -> Array:
     """As `attention`, but k is [rows, kv_heads, head_dim, length_kv], and mask [rows, length_q, length_kv] bool tells
-    who sees whom.
+    who sees whom. `scales`, of the keys and of the values, [rows, kv_heads, 1, length_kv] float32, are factors.
     """
     rows, heads, length, width = q.shape
     kv_heads, slots = v.shape[1:3]
     mask = mask[:, None, None]
     grouped = (q * jnp.asarray(1 / math.sqrt(width), q.dtype)).reshape(rows, kv_heads, -1, width)
     scores = jnp.einsum("bhqd,bhdk->bhqk", grouped, k, preferred_element_type=jnp.float32)
+    scores = scores * scales[0] if scales else scores
     scores = jnp.where(mask, scores.reshape(rows, kv_heads, heads // kv_heads, length, slots), MASKED)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     weights = weights / weights.sum(axis=-1, keepdims=True)
-    weights = jnp.where(mask, weights, 0.0).astype(v.dtype)
-    return jnp.einsum("bhqk,bhkd->bhqd", weights.reshape(rows, kv_heads, -1, slots), v).reshape(q.shape)
+    weights = jnp.where(mask, weights, 0.0).reshape(rows, kv_heads, -1, slots)
+    weights = weights * scales[1] if scales else weights
+    return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(v.dtype), v).reshape(q.shape)
 
 
 def _splash(  # noqa: PLR0917 (as `attend`)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from trace_jax import sharding
 from trace_jax.config import Lora
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import Backend, attend, attention
+from trace_jax.model.attention import Backend, attention
+from trace_jax.model.cache import Cache, KeysValues, LayerCache, attend_to, update
 from trace_jax.model.layers import (
     ATTENTION,
     DTypes,
@@ -34,61 +34,8 @@ from trace_jax.model.layers import (
 Array = jax.Array
 
 
-class Int8(NamedTuple):
-    """Keys or values in a byte each: the product of both is meant."""
-
-    values: Array  # int8, in the shape of the keys or values
-    scales: Array  # float32, the same, but for one feature
-
-
-Kept = Array | Int8  # [rows, kv_heads, slots, head_dim], of keys the last two as `key_slots` says
-LayerCache = tuple[Kept, Kept]  # k, v
-KeysValues = tuple[Array, Array]  # of a layer, both [rows, kv_heads, length, head_dim]
-Cache = tuple[LayerCache, ...]  # one a layer; a stacked cache would be copied at every step
 Pick = Callable[[Array], Array]  # [rows, length, features] -> [..., features]
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]  # q, k, v -> the result, and what to keep
-Put = Callable[[Array, Array, int], Array]  # a leaf of a cache, what comes into it, which axis is the slots
-
-
-def key_slots() -> int:
-    """Which axis of a cache's keys is the slots.
-
-    On CPU the last, like that of the scores, which then take a third of the time. A TPU's tiles are 128 wide there:
-    writing one slot of each row would be writing a sixth of the cache.
-    """
-    return 3 if sharding.platform() == "cpu" else 2
-
-
-def update(cache: LayerCache, k: Array, v: Array, put: Put) -> LayerCache:
-    """A layer's cache with k and v [rows, kv_heads, n, head_dim] put into it, in its own dtype or bytes."""
-
-    def one(old: Kept, new: Array, slots: int) -> Kept:
-        return jax.tree.map(lambda leaf, into: put(leaf, into, slots), old, _kept_as(new, old, features=5 - slots))
-
-    return one(cache[0], k.swapaxes(2, key_slots()), key_slots()), one(cache[1], v, 2)
-
-
-def _kept_as(new: Array, like: Kept, features: int) -> Kept:
-    if not isinstance(like, Int8):
-        return new.astype(like.dtype)
-    new = new.astype(jnp.float32)
-    scales = jnp.maximum(jnp.abs(new).max(axis=features, keepdims=True), 1e-30) / 127
-    return Int8(jnp.round(new / scales).astype(jnp.int8), scales)
-
-
-def _read(kept: Kept, dtype: Any) -> Array:
-    if isinstance(kept, Int8):
-        return kept.values.astype(dtype) * kept.scales.astype(dtype)
-    return kept.astype(dtype)
-
-
-def empty_cache(architecture: LanguageArchitecture, rows: int, slots: int, dtype: Any) -> Cache:
-    """Zeros for the keys and values of so many rows and slots; `dtype` int8 also keeps scales."""
-    shape = (rows, architecture.num_kv_heads, slots)
-    values = jnp.zeros((*shape, architecture.head_dim), dtype)
-    one = Int8(values, jnp.zeros((*shape, 1), jnp.float32)) if values.dtype == jnp.int8 else values
-    keys = jax.tree.map(lambda leaf: leaf.swapaxes(2, key_slots()), one)
-    return tuple((keys, one) for _ in range(architecture.num_layers))
 
 
 class SelfAttention(nnx.Module):
@@ -246,7 +193,7 @@ class Decoder(nnx.Module):
         The tokens of all rows take the slots from `at`, so that the cache is written in place by one slice, and see
         the slots that `seen` [rows, n, slots] bool tells. Returns their states after the final norm [rows, n, hidden]
         float32, and the cache with the tokens in it, of whatever dtype it is. Unrolled over layers whatever
-        `scan_layers` says; attention is XLA's, whose few rows of scores are small.
+        `scan_layers` says.
         """
         rotary = self._rotary(positions)
 
@@ -258,8 +205,7 @@ class Decoder(nnx.Module):
 
             def to_cache(q: Array, k: Array, v: Array, old: LayerCache = old) -> tuple[Array, LayerCache]:
                 kept = update(old, k, v, put)
-                keys, values = (_read(each, q.dtype) for each in kept)
-                return attend(q, keys.swapaxes(key_slots(), 3), values, seen), kept
+                return attend_to(kept, q, seen, backend=self.attention), kept
 
             x, kept = layer(x, rotary, to_cache)
             caches.append(kept)

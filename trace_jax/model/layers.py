@@ -216,8 +216,10 @@ def stack_layers(make: Callable[[nnx.Rngs], M], count: int, rngs: nnx.Rngs) -> M
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), count))
 
 
-def unstack_layers(layers: M, count: int) -> list[M]:
-    """The single layers of a stack; the gradients come back by one concatenation."""
+def unstack_layers(layers: M | list[M], count: int) -> list[M]:
+    """The single layers of a stack, or of a list of them; the gradients come back by one concatenation."""
+    if isinstance(layers, list):
+        return layers
     leaves, structure = jax.tree.flatten(layers)
     split = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
     return [structure.unflatten([part[i].reshape(part[i].shape[1:]) for part in split]) for i in range(count)]

@@ -14,8 +14,9 @@ from trace_jax.data import schema
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture
 from trace_jax.model.attention import Backend
-from trace_jax.model.language import Cache, Decoder, KeysValues
-from trace_jax.model.layers import DTypes, Linear, Remat
+from trace_jax.model.cache import Cache, KeysValues
+from trace_jax.model.language import Decoder
+from trace_jax.model.layers import DTypes, Linear, Remat, unstack_layers
 from trace_jax.model.projector import Projector
 from trace_jax.model.vision import VisionEncoder
 
@@ -115,6 +116,14 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         for _, module in nnx.iter_modules(self.language):
             if isinstance(module, Linear):
                 module.fold()
+
+    def unstack(self) -> None:
+        """Holds the decoder's layers one by one, if they are unrolled anyhow: XLA:CPU would copy each of them out of
+        the stack at every token. Their parameters' paths are others then.
+        """
+        if not self.language.scan_layers:
+            layers: Any = unstack_layers(self.language.layers, self.architecture.language.num_layers)
+            self.language.layers = layers
 
     # ---- states --------------------------------------------------------------------------------------------------
 

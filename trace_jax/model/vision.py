@@ -53,7 +53,13 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Array, rotary: Rotary, segments: Array, backend: Backend) -> Array:
         """[rows, P, hidden], angles [rows, P, head_dim / 2], segments [rows, P] -> [rows, P, hidden]."""
         rows, length, size = x.shape
-        qkv = self.qkv(x).reshape(rows, length, 3, self.num_heads, -1).transpose(2, 0, 3, 1, 4)
+
+        def by_head(columns: Array) -> Array:
+            """The reference has q of all heads, then k, then v: a device with some heads would need all columns."""
+            return columns.reshape(*columns.shape[:-1], 3, self.num_heads, -1).swapaxes(-3, -2).reshape(columns.shape)
+
+        qkv = jax.tree.map(by_head, self.qkv)(x)
+        qkv = qkv.reshape(rows, length, self.num_heads, 3, -1).transpose(3, 0, 2, 1, 4)
         q, k, v = rotate(qkv[0], rotary), rotate(qkv[1], rotary), qkv[2]
         y = attention(q, k, v, segments_q=segments, segments_kv=segments, causal=False, backend=backend)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(rows, length, size))

@@ -102,15 +102,16 @@ class Retriever:
         *,
         step: int,
         identity: str,
-        folded: Qwen2_5_VL | None = None,
+        reads: Qwen2_5_VL | None = None,
     ) -> None:
-        """`folded` is the model that embeds, in float32 with its adapters folded in, where it is there already."""
+        """`reads` is the model that embeds, in float32 a copy of its own, where it is there already."""
         self.model, self.processor, self.config, self.mesh = model, processor, config, mesh
         self.step, self.identity = step, identity
-        self._reads = folded or model  # what embeds
-        if folded is None and config.model.param_dtype == "float32":
+        self._reads = reads or model  # what embeds
+        if reads is None and config.model.param_dtype == "float32":
             self._reads = nnx.clone(model)
             self._reads.fold_adapters()
+            self._reads.unstack()
         data, runs = config.data, config.model
         options, hidden = config.evaluation, model.architecture.language.hidden_size
         if options.dimensions is not None and not 0 < options.dimensions <= hidden:
@@ -198,7 +199,7 @@ class Retriever:
 
     def configured(self, config: Config) -> "Retriever":
         """The same model under other options."""
-        known = {"step": self.step, "identity": self.identity, "folded": self._reads}
+        known = {"step": self.step, "identity": self.identity, "reads": self._reads}
         return Retriever(self.model, self.processor, config, self.mesh, **known)
 
     # ---- documents, and queries whose trace is given -----------------------------------------------------

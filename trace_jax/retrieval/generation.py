@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.language import Cache, KeysValues, empty_cache, update
+from trace_jax.model.cache import Cache, KeysValues, empty_cache, update
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
 from trace_jax.retrieval import drafts
 from trace_jax.retrieval.packing import Rows

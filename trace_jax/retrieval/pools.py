@@ -1,9 +1,9 @@
 """The candidates' vectors on disk: made once for each did, in shards that survive a kill.
 
 `<run_dir>/embeddings/<release>/<key>/00012.npy` holds rows 12*512 ... of `Benchmark.candidates`: [<=512, D], the bits
-of bfloat16 as uint16, for npy knows no bfloat16. 00012.npy.sha256 is its SHA-256, as `sha256sum --check` reads it. The
-key names the checkpoint and the records, so that vectors of another one lie beside these, and stay.
-`<run_dir>/embeddings/<release>/about.json` says which key was embedded last.
+of bfloat16 as uint16, for npy knows no bfloat16; of a large pool, 4096 rows. 00012.npy.sha256 is its SHA-256, as
+`sha256sum --check` reads it. The key names the checkpoint and the records, so that vectors of another one lie beside
+these, and stay. `<run_dir>/embeddings/<release>/about.json` says which key was embedded last.
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ from trace_jax.retrieval import artifacts
 from trace_jax.retrieval.benchmark import Benchmark
 from trace_jax.retrieval.embedder import Retriever, cut_key, cut_vectors
 
-SHARD = 512  # candidates of a file, and what is decoded at once
-SAMPLE = 256  # candidates looked at to choose the static shapes
+SHARD, LARGE_SHARD = 512, 4096  # candidates of a file, and what is decoded at once; the last batch is partly empty
+LARGE = 100_000  # candidates from which on files are large
+SAMPLE = 256  # candidates looked at to choose the static shapes, if a batch is not more
 
 
 class CandidateVectors:
@@ -41,7 +42,8 @@ class CandidateVectors:
         self._mark = root / artifacts.MARK
         self.dimensions = config.evaluation.dimensions
         self.candidates = benchmark.candidates
-        self.shards = -(-len(self.candidates) // SHARD)
+        self.shard = SHARD if len(self.candidates) < LARGE else LARGE_SHARD
+        self.shards = -(-len(self.candidates) // self.shard)
         about = artifacts.read_json(self._mark) or {}
         if whole_key is not None:
             self.key = artifacts.key_of(whole_key, benchmark.fingerprint)
@@ -74,7 +76,7 @@ class CandidateVectors:
         return True
 
     def write(self, shard: int, vectors: np.ndarray) -> None:
-        """Writes one shard [<=512, D] float32, then its checksum; each is whole or absent."""
+        """Writes one shard [rows, D] float32, then its checksum; each is whole or absent."""
         buffer = io.BytesIO()
         np.save(buffer, vectors.astype(jnp.bfloat16).view(np.uint16))
         path = self._path(shard)
@@ -86,11 +88,11 @@ class CandidateVectors:
 
         Raises MissingStageError when one is missing or damaged, naming it.
         """
-        bounds = np.searchsorted(rows, np.arange(self.shards + 1) * SHARD)
+        bounds = np.searchsorted(rows, np.arange(self.shards + 1) * self.shard)
         vectors = np.zeros((len(rows), 0), np.float32)
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
             first, last = bounds[shard : shard + 2]
-            whole = self._load(shard)[rows[first:last] - shard * SHARD].astype(np.float32)
+            whole = self._load(shard)[rows[first:last] - shard * self.shard].astype(np.float32)
             width = self.dimensions or whole.shape[1]
             if not vectors.size:
                 vectors = np.empty((len(rows), width), np.float32)
@@ -101,11 +103,15 @@ class CandidateVectors:
         """The vectors of ascending dids [n] int64, all of which must be there."""
         return Vectors(self, self.candidates.rows(ids))
 
+    def rows_of(self, shard: int) -> range:
+        """The rows of the candidates that a file holds."""
+        return range(shard * self.shard, min((shard + 1) * self.shard, len(self.candidates)))
+
     def _path(self, shard: int) -> epath.Path:
         return self.folder / f"{shard:05d}.npy"
 
     def _load(self, shard: int) -> np.ndarray:
-        """A shard: [<=512, D] bfloat16."""
+        """A shard: [rows, D] bfloat16."""
         path = self._path(shard)
         try:
             data = path.read_bytes()
@@ -143,6 +149,13 @@ def _line(path: epath.Path, data: bytes) -> bytes:
     return f"{hashlib.sha256(data).hexdigest()}  {path.name}\n".encode()
 
 
+def for_pools(config: Config) -> Config:
+    """The configuration with the mesh and the batch that pools are embedded with."""
+    own = config.evaluation
+    mesh, batch = own.pool_mesh or own.mesh, own.pool_batch_size or own.batch_size
+    return dataclasses.replace(config, evaluation=dataclasses.replace(own, mesh=mesh, batch_size=batch))
+
+
 def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark) -> int:
     """Embeds what is not embedded yet, or damaged, of all pools of a release; returns how many candidates that were.
 
@@ -156,16 +169,16 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
         store.mark()
     total, mine = len(store.candidates), sharding.dealt(range(store.shards))
     missing = [shard for shard in mine if not store.is_whole(shard)]
-    embedded = sum(_size(shard, total) for shard in missing)
-    sample = range(0, total, max(1, total // SAMPLE)) if missing else ()
+    embedded, share = (sum(len(store.rows_of(shard)) for shard in some) for some in (missing, mine))
+    seen = max(SAMPLE, retriever.config.evaluation.batch_size)
+    sample = range(0, total, max(1, total // seen)) if missing else ()
     rooms = retriever.rooms_for([store.candidates.document(row) for row in sample])
 
     def documents(shard: int) -> tuple[list[Document], list[str]]:
-        rows = range(shard * SHARD, shard * SHARD + _size(shard, total))
+        rows = store.rows_of(shard)
         names = [f"candidate {did_of(int(store.candidates.ids[row]))}" for row in rows]
         return [store.candidates.document(row) for row in rows], names
 
-    share = sum(_size(shard, total) for shard in mine)
     quiet = not missing or jax.process_index() > 0
     with tqdm(
         total=share, initial=share - embedded, desc="embedding", unit="candidate", dynamic_ncols=True, disable=quiet
@@ -175,7 +188,3 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
             bar.update(len(vectors))
     multihost_utils.sync_global_devices("embedded")
     return embedded
-
-
-def _size(shard: int, total: int) -> int:
-    return min(SHARD, total - shard * SHARD)
