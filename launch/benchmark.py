@@ -18,6 +18,7 @@ PARTS = {
     "images": data.images,
     "pairs": data.pairs,
     "packing": data.packing,
+    "pool-packing": data.pool_packing,
     "train-step": training.train_step,
     "engine": engine.engine,
     "drafts": engine.drafts,

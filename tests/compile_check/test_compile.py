@@ -78,13 +78,13 @@ def compiled():
 @needs_compiler
 @pytest.mark.slow
 def test_the_programs_compile_and_fit(compiled):
-    prefill, embed = ([f"{kind}, {what}" for what in ("texts", "with images")] for kind in ("prefill", "embed"))
-    assert [each["program"] for each in compiled["programs"]] == ["train step", *prefill, "decode", *embed]
+    names = [f"{kind}, {what}" for kind in ("prefill", "embed") for what in ("texts", "with images")]
+    assert [each["program"] for each in compiled["programs"]] == ["train step", *names, "decode"]
     for each in compiled["programs"]:
         assert each["fits"] and 0 < each["peak"] < chips.CHIPS["v5e"].hbm
         assert each["hbm_seconds"] > 0 and each["compute_seconds"] > 0
     assert compiled["programs"][0]["optimizer"] > 0
-    decode = compiled["programs"][3]
+    decode = compiled["programs"][-1]
     assert decode["note"].startswith("1 loop")  # the decoding ends when all rows have ended
     assert decode["least_bytes"] > 0 and decode["hbm_bytes"] > 0  # the chip holds all of a model so small
 

@@ -12,12 +12,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from trace_jax.benchmarks.measuring import interleaved, report
 from trace_jax.config import load_config
-from trace_jax.data.lengths import PROMPT, SIDE, assumed_batches
+from trace_jax.data.lengths import PROMPT, SIDE, assumed_batches, assumed_documents
 from trace_jax.data.pipeline import MEASURED_BATCHES, Tokenized, deal, measure_capacity, pack_batch, tokenize
-from trace_jax.data.processor import Geometry, first_fit, fit_size, open_image, pack, patchify
+from trace_jax.data.processor import Geometry, Patches, first_fit, fit_size, open_image, pack, patchify
 from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Document, Example, Query
 from trace_jax.data.tokenizer import Processor
+from trace_jax.retrieval import pools
+from trace_jax.retrieval.packing import Packer
 from trace_jax.training.base import EMBEDDED
 
 WORD = "woman"  # a token
@@ -197,3 +199,68 @@ def packing(
     print(f"token slots {tokens / slots:.1%}, patch slots {patches / patch_slots:.1%}; left out: {left_out}")
     shares = {"tokens": tokens / slots, "patches": patches / patch_slots, "left_out": left_out}
     report(shares | {"shards": shards, "row_length": row_length}, json)
+
+
+def pool_packing(
+    shards: int = 4, batch_size: int = 512, count: int = 8192, seed: int = 0, json: pathlib.Path | None = None
+) -> None:
+    """Shares of token and patch slots that are real when a pool is embedded, by the size of its files.
+
+    As many documents of each of four kinds, one kind after the other as data sets follow each other in a pool; a file
+    is packed by itself, into shapes that were chosen from a sample of all. Lengths are assumed, as in `packing`, and
+    all else is as in mbeir_qwen2_5_vl_7b.
+
+    Args:
+        shards: devices that a batch is dealt to.
+        batch_size: documents read at once.
+        count: documents of each kind.
+        seed: of the lengths.
+        json: where to write the figures.
+    """
+    data = load_config("mbeir_qwen2_5_vl_7b").data
+    geometry = Geometry(max_pixels=data.max_pixels)
+    packer = Packer(
+        geometry=geometry,
+        pad_token=0,
+        most=batch_size // shards,
+        shards=shards,
+        row_length=data.row_length,
+        patch_row_length=data.patch_row_length,
+        share=False,
+    )
+    documents = [
+        _filled(document, geometry)
+        for kind, article in (("t", False), ("t", True), ("i", False), ("it", False))
+        for document in assumed_documents(kind, count, data, geometry, article=article, seed=seed)
+    ]
+    rooms = packer.rooms(documents[:: len(documents) // max(pools.SAMPLE, 4 * batch_size)], sample=True)
+    figures = []
+    for size in (pools.SHARD, pools.LARGE_SHARD):
+        real, slots, batches = np.zeros(2), np.zeros(2), 0
+        for first in range(0, len(documents), size):
+            for _, rows in packer.deal(documents[first : first + size], rooms):
+                ours = rows.inputs.segments, rows.inputs.image_segments
+                real += [np.count_nonzero(each) for each in ours]
+                slots += [each.size for each in ours]
+                batches += 1
+        tokens, patches = (real / slots).tolist()
+        figures.append({"file": size, "batches": batches, "tokens": tokens, "patches": patches})
+        print(f"files of {size:5}: {batches:4} batches, token slots {tokens:.1%}, patch slots {patches:.1%}")
+    report({"pool_packing": figures, "shards": shards, "batch_size": batch_size}, json)
+
+
+def _filled(sequence: Tokens, geometry: Geometry) -> Tokens:
+    """A sequence that has lengths alone, with zeros for all that packing reads."""
+    images = tuple(
+        Patches(
+            np.zeros((len(image.values), geometry.patch_pixels), np.uint8),
+            np.zeros((len(image.values), 2), np.int32),
+            np.zeros(len(image.values), np.int32),
+            np.zeros(len(image.values) // geometry.merge_unit, np.int32),
+            image.grid,
+        )
+        for image in sequence.images
+    )
+    visual = sum(len(image.slots) for image in images)
+    is_visual = np.arange(len(sequence)) < visual
+    return Tokens(sequence.tokens, np.zeros((len(sequence), 3), np.int32), images, is_visual)

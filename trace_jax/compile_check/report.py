@@ -78,10 +78,10 @@ def check(config: Config, topology: str, *, slices: int = 1, kinds: Collection[s
     if "train" in kinds:
         mesh = sharding.make_mesh(config.mesh, devices)
         yield compile_program(programs.train_program(config, architecture, mesh), mesh, chip, config)
-    for some, used in (({"prefill", "decode"}, config), ({"embed"}, for_pools(config))):
-        if chosen := some & set(kinds):
+    for kind, used in (("prefill", config), ("embed", for_pools(config)), ("decode", config)):
+        if kind in kinds:
             mesh = sharding.make_mesh(used.evaluation.mesh or used.mesh, devices)
-            for program in programs.generation_programs(used, architecture, mesh, chosen):
+            for program in programs.generation_programs(used, architecture, mesh, {kind}):
                 yield compile_program(program, mesh, chip, used)
 
 

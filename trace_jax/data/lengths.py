@@ -25,6 +25,14 @@ def assumed_batches(data: config.Data, geometry: Geometry, batches: int, seed: i
     return [[_pair(tasks[i % len(tasks)], data, geometry, rng) for i in range(data.batch_size)] for _ in range(batches)]
 
 
+def assumed_documents(
+    kind: str, count: int, data: config.Data, geometry: Geometry, *, article: bool = False, seed: int = 0
+) -> list[Sequence]:
+    """Documents of one kind, "t", "i" or "it", with lengths but no values: as those of a data set are."""
+    rng = np.random.default_rng(seed)
+    return [_sequence(kind, ARTICLE if article else TEXT, 0, data, geometry, rng) for _ in range(count)]
+
+
 def _pair(task: str, data: config.Data, geometry: Geometry, rng: np.random.Generator) -> Tokenized:
     query, document = task.split("2")
     trace = int(rng.integers(16, 257) + rng.integers(2, 65)) if query == "it" else 0

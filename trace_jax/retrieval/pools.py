@@ -27,7 +27,7 @@ from trace_jax.retrieval.embedder import Retriever, cut_key, cut_vectors
 
 SHARD, LARGE_SHARD = 512, 4096  # candidates of a file, and what is decoded at once; the last batch is partly empty
 LARGE = 100_000  # candidates from which on files are large
-SAMPLE = 256  # candidates looked at to choose the static shapes, if a batch is not more
+SAMPLE = 256  # candidates looked at to choose the static shapes, or four batches: not all kinds are frequent
 
 
 class CandidateVectors:
@@ -170,7 +170,7 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
     total, mine = len(store.candidates), sharding.dealt(range(store.shards))
     missing = [shard for shard in mine if not store.is_whole(shard)]
     embedded, share = (sum(len(store.rows_of(shard)) for shard in some) for some in (missing, mine))
-    seen = max(SAMPLE, retriever.config.evaluation.batch_size)
+    seen = max(SAMPLE, 4 * retriever.config.evaluation.batch_size)
     sample = range(0, total, max(1, total // seen)) if missing else ()
     rooms = retriever.rooms_for([store.candidates.document(row) for row in sample])
 
