@@ -35,10 +35,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(vision/blocks|language/layers)/\w*norm\w*/scale", P()),
     (r"(projector/ln_q|language/norm)/scale", P()),
     (r"vision/patch_embed/kernel", P("tensor", "fsdp")),
-    (r"vision/blocks/attn/qkv/kernel", P(None, "fsdp", None)),  # its heads are split, which are not neighbours in it
-    (r"vision/blocks/attn/qkv/(bias|kernel_scale)", P()),
-    (r"(vision/blocks|language/layers)/.*/([qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
-    (r"(vision/blocks|language/layers)/.*/([qkv]_proj|gate_proj|up_proj)/(bias|kernel_scale)", P(None, "tensor")),
+    (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/kernel", P(None, "fsdp", "tensor")),
+    (r"(vision/blocks|language/layers)/.*/(qkv|[qkv]_proj|gate_proj|up_proj)/(bias|kernel_scale)", P(None, "tensor")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/kernel", P(None, "tensor", "fsdp")),
     (r"(vision/blocks|language/layers)/.*/(proj|o_proj|down_proj)/(bias|kernel_scale)", P()),
     (r"language/layers/.*/([qkv]_proj|gate_proj|up_proj)/lora_a", P(None, "fsdp", None)),
@@ -50,6 +48,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/mlp_2/kernel", P("tensor", "fsdp")),
     (r"projector/mlp_2/bias", P()),
 )
+REORDERED = r"vision/blocks/attn/qkv/\w+"  # its columns are put together by head before they are used (model/vision.py)
 
 
 def join_processes() -> None:
@@ -141,7 +140,8 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> N
 
 
 def gathered(module: T, path: str, *, stacked: bool = False) -> T:
-    """The module at `path` with its parameters whole over fsdp, still split over tensor, for use right here.
+    """The module at `path` with its parameters whole over fsdp, still split over tensor, for use right here; those of
+    REORDERED are whole over tensor, too.
 
     The gradients come back split as the rules say. `stacked` tells that it is one layer of a stack. The same module
     without a mesh (`jax.set_mesh`). Raises ValueError for a parameter that matches no rule.
@@ -153,29 +153,31 @@ def gathered(module: T, path: str, *, stacked: bool = False) -> T:
     def gather(keys: tuple[Any, ...], value: jax.Array) -> jax.Array:
         names = [key.name for key in keys if key.name != "value"]  # a variable's only leaf is its "value"
         shape = (1, *value.shape) if stacked else value.shape
-        split = spec_of("/".join([path, *names]), shape, mesh)
+        name = "/".join([path, *names])
+        split = spec_of(name, shape, mesh)
         split = P(*split[1:]) if stacked else split
-        return value if "fsdp" not in split else _gather(value, split)
+        over = ("fsdp", "tensor") if re.fullmatch(REORDERED, name) else ("fsdp",)
+        return _gather(value, split, over) if set(over) & set(split) else value
 
     return jax.tree_util.tree_map_with_path(gather, module)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(value: jax.Array, split: P) -> jax.Array:
-    return jax.lax.with_sharding_constraint(value, _whole(split))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(value: jax.Array, split: P, over: tuple[str, ...]) -> jax.Array:
+    return jax.lax.with_sharding_constraint(value, _whole(split, over))
 
 
-def _whole(split: P) -> P:
-    return P(*(None if axis == "fsdp" else axis for axis in split))
+def _whole(split: P, over: tuple[str, ...]) -> P:
+    return P(*(None if axis in over else axis for axis in split))
 
 
-def _gather_forward(value: jax.Array, split: P) -> tuple[jax.Array, None]:
-    return _gather(value, split), None
+def _gather_forward(value: jax.Array, split: P, over: tuple[str, ...]) -> tuple[jax.Array, None]:
+    return _gather(value, split, over), None
 
 
-def _gather_backward(split: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(split: P, over: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Whole first: a product whose result is split at once would be a windowed einsum again.
-    gradient = jax.lax.with_sharding_constraint(gradient, _whole(split))
+    gradient = jax.lax.with_sharding_constraint(gradient, _whole(split, over))
     return (jax.lax.with_sharding_constraint(gradient, split),)
 
 

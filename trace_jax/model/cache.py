@@ -100,7 +100,8 @@ def _kernel(q: Array, k: Array, v: Array, hidden: Array, scales: list[Array]) ->
     the scores [rows, n, slots], scales as in `attend`.
     """
     rows, kv_heads = q.shape[:2]
-    of_row = sum(x.size * x.dtype.itemsize for x in (k, v)) // (rows * kv_heads)
+    wide = max(k.dtype.itemsize, q.dtype.itemsize)  # int8 is read as such, but made wider on the chip
+    of_row = wide * (k.size + v.size) // (rows * kv_heads)
     block = next(size for size in range(max(1, min(rows, BLOCK // of_row)), 0, -1) if rows % size == 0)
 
     def of_head(x: Array) -> pl.BlockSpec:

@@ -55,7 +55,9 @@ class VisionAttention(nnx.Module):
         rows, length, size = x.shape
 
         def by_head(columns: Array) -> Array:
-            """The reference has q of all heads, then k, then v: a device with some heads would need all columns."""
+            """The reference has q of all heads, then k, then v. To split heads over devices, the weights are put in
+            another order, which costs less than to gather what they give.
+            """
             return columns.reshape(*columns.shape[:-1], 3, self.num_heads, -1).swapaxes(-3, -2).reshape(columns.shape)
 
         qkv = jax.tree.map(by_head, self.qkv)(x)
