@@ -157,27 +157,24 @@ def gathered(module: T, path: str, *, stacked: bool = False) -> T:
         split = spec_of(name, shape, mesh)
         split = P(*split[1:]) if stacked else split
         over = ("fsdp", "tensor") if re.fullmatch(REORDERED, name) else ("fsdp",)
-        return _gather(value, split, over) if set(over) & set(split) else value
+        used = P(*(None if axis in over else axis for axis in split))
+        return value if used == split else _gather(value, split, used)
 
     return jax.tree_util.tree_map_with_path(gather, module)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(value: jax.Array, split: P, over: tuple[str, ...]) -> jax.Array:
-    return jax.lax.with_sharding_constraint(value, _whole(split, over))
+def _gather(value: jax.Array, split: P, used: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(value, used)
 
 
-def _whole(split: P, over: tuple[str, ...]) -> P:
-    return P(*(None if axis in over else axis for axis in split))
+def _gather_forward(value: jax.Array, split: P, used: P) -> tuple[jax.Array, None]:
+    return _gather(value, split, used), None
 
 
-def _gather_forward(value: jax.Array, split: P, over: tuple[str, ...]) -> tuple[jax.Array, None]:
-    return _gather(value, split, over), None
-
-
-def _gather_backward(split: P, over: tuple[str, ...], _: None, gradient: jax.Array) -> tuple[jax.Array]:
+def _gather_backward(split: P, used: P, _: None, gradient: jax.Array) -> tuple[jax.Array]:
     # Whole first: a product whose result is split at once would be a windowed einsum again.
-    gradient = jax.lax.with_sharding_constraint(gradient, _whole(split, over))
+    gradient = jax.lax.with_sharding_constraint(gradient, used)
     return (jax.lax.with_sharding_constraint(gradient, split),)
 
 
