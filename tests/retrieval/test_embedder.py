@@ -458,6 +458,8 @@ def test_a_large_pool_has_larger_files_and_a_mesh_of_its_own(retriever, evaluate
     rows = np.arange(total)
     assert whole.shard == pools.SHARD
     assert (large.read(rows) * whole.read(rows)).sum(axis=1).min() > 0.9999
+    with pytest.raises(MissingStageError, match="not embedded"):  # small files of what is a large pool now
+        CandidateVectors(config, benchmark_)
 
 
 def copied(config, tmp_path):

@@ -233,7 +233,7 @@ def pool_packing(
         for kind, article in (("t", False), ("t", True), ("i", False), ("it", False))
         for document in assumed_documents(kind, count, data, geometry, article=article, seed=seed)
     ]
-    rooms = packer.rooms(documents[:: len(documents) // max(pools.SAMPLE, 4 * batch_size)], sample=True)
+    rooms = packer.rooms([documents[row] for row in pools.sampled(len(documents), batch_size)], sample=True)
     figures = []
     for size in (pools.SHARD, pools.LARGE_SHARD):
         real, slots, batches = np.zeros(2), np.zeros(2), 0

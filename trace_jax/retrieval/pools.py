@@ -46,15 +46,21 @@ class CandidateVectors:
         self.shards = -(-len(self.candidates) // self.shard)
         about = artifacts.read_json(self._mark) or {}
         if whole_key is not None:
-            self.key = artifacts.key_of(whole_key, benchmark.fingerprint)
-        elif about.get("records") == benchmark.fingerprint:
+            large = [self.shard] if self.shard != SHARD else []  # files of another size are others
+            self.key = artifacts.key_of(whole_key, benchmark.fingerprint, *large)
+        elif (about.get("records"), about.get("shard", SHARD)) == (benchmark.fingerprint, self.shard):
             self.key = str(about["key"])
         else:
             raise artifacts.MissingStageError(
                 f"the candidates in {root} are not embedded, or the release was another one then:"
                 " run `make quickstart` (or launch/embed.py) first"
             )
-        self._about = {"key": self.key, "records": benchmark.fingerprint, "candidates": len(self.candidates)}
+        self._about = {
+            "key": self.key,
+            "records": benchmark.fingerprint,
+            "candidates": len(self.candidates),
+            "shard": self.shard,
+        }
         self.folder = root / self.key
 
     @property
@@ -156,6 +162,11 @@ def for_pools(config: Config) -> Config:
     return dataclasses.replace(config, evaluation=dataclasses.replace(own, mesh=mesh, batch_size=batch))
 
 
+def sampled(total: int, batch_size: int) -> range:
+    """The rows of candidates that are looked at to choose the static shapes, spread over all."""
+    return range(0, total, max(1, total // max(SAMPLE, 4 * batch_size)))
+
+
 def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark) -> int:
     """Embeds what is not embedded yet, or damaged, of all pools of a release; returns how many candidates that were.
 
@@ -170,8 +181,7 @@ def embed_candidates(config: Config, retriever: Retriever, benchmark: Benchmark)
     total, mine = len(store.candidates), sharding.dealt(range(store.shards))
     missing = [shard for shard in mine if not store.is_whole(shard)]
     embedded, share = (sum(len(store.rows_of(shard)) for shard in some) for some in (missing, mine))
-    seen = max(SAMPLE, 4 * retriever.config.evaluation.batch_size)
-    sample = range(0, total, max(1, total // seen)) if missing else ()
+    sample = sampled(total, retriever.config.evaluation.batch_size) if missing else ()
     rooms = retriever.rooms_for([store.candidates.document(row) for row in sample])
 
     def documents(shard: int) -> tuple[list[Document], list[str]]:
