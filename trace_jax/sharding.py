@@ -139,6 +139,12 @@ def sharding_of(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> N
     return NamedSharding(mesh, spec_of(path, shape, mesh))
 
 
+def placed(value: jax.Array, path: str) -> jax.Array:
+    """The value of the parameter at `path`, split as its rule says; without a mesh as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return value if mesh.empty else jax.lax.with_sharding_constraint(value, spec_of(path, value.shape, mesh))
+
+
 def gathered(module: T, path: str, *, stacked: bool = False) -> T:
     """The module at `path` with its parameters whole over fsdp, still split over tensor, for use right here; those of
     REORDERED are whole over tensor, too.

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from tests import tiny
-from trace_jax.config import Lora
+from trace_jax import sharding
+from trace_jax.config import Lora, Mesh
 from trace_jax.model import cache as kept
 from trace_jax.model import weights
 from trace_jax.model.architecture import Architecture
@@ -290,16 +291,51 @@ def test_bfloat16_files_and_sharded_loading(tmp_path):
     np.testing.assert_array_equal(again.emb_row[...], again.head().base[9].astype(jnp.float32))
 
 
-def test_folded_adapters_give_the_same_states(reference):
-    model, inputs = make(), tiny.inputs()
+def with_adapters(**options) -> Qwen2_5_VL:
+    """A model whose adapters change what it gives."""
+    model = make(**options)
     for path, leaf in weights.flat_parameters(model).items():
         if path.endswith("lora_b"):
             leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    return model
+
+
+def test_folded_adapters_give_the_same_states(reference):
+    model, inputs = with_adapters(), tiny.inputs()
     before, real = tiny.states(model, inputs), inputs.segments > 0
     model.fold_adapters()
     assert not any("lora" in path for path in weights.flat_parameters(model))
     np.testing.assert_allclose(tiny.states(model, inputs)[real], before[real], atol=2e-5)
     assert np.abs(before - reference[1])[real].max() > 0.1
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_in_bfloat16_nothing_of_an_adapter_is_rounded_away(axes):
+    """Its rows lie below the kernel's; a product of both rounds once, where two products and their sum round thrice."""
+    devices = jax.devices()[: axes.get("fsdp", 1) * axes.get("tensor", 1)]
+    mesh, inputs = sharding.make_mesh(Mesh(data=1, **{"fsdp": 1, **axes}), devices), tiny.inputs()
+    real = inputs.segments > 0
+    exact = tiny.states(with_adapters(), inputs)[real]
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+    model = with_adapters(**options)
+    kernel = model.language.layers.mlp.gate_proj.kernel[...]
+    for path, leaf in weights.flat_parameters(model).items():
+        leaf[...] = jax.device_put(leaf[...], sharding.sharding_of(path, leaf.shape, mesh))
+    with jax.set_mesh(mesh):
+        before = tiny.states(model, inputs)[real]
+        model.fold_adapters()
+        after = tiny.states(model, inputs)[real]
+    leaves = weights.flat_parameters(model)
+    for path, leaf in leaves.items():
+        assert leaf[...].sharding.is_equivalent_to(sharding.sharding_of(path, leaf.shape, mesh), leaf.ndim), path
+    appended = {path.split("/")[-2] for path in leaves if path.endswith("lora_a")} - {"o_proj", "down_proj"}
+    assert appended == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    assert {path.split("/")[-2] for path in leaves if path.endswith("lora_b")} == {"o_proj", "down_proj"}
+    np.testing.assert_array_equal(leaves["language/layers/mlp/gate_proj/kernel"][:, : kernel.shape[1]], kernel)
+    errors = [float(np.sqrt(np.mean(np.square(states - exact)))) for states in (before, after)]
+    assert errors[1] < 1.1 * errors[0] < 0.1, errors
+    untouched = tiny.states(make(**options), inputs)[real]
+    assert np.sqrt(np.mean(np.square(untouched - exact))) > 5 * errors[1]
 
 
 def test_layers_held_one_by_one_give_the_same_states_where_they_are_unrolled():

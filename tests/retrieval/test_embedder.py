@@ -170,7 +170,8 @@ def changed(retriever: Retriever, **data) -> Retriever:
     """The same model under other options of the data."""
     config = dataclasses.replace(retriever.config, data=dataclasses.replace(retriever.config.data, **data))
     processor = Processor.from_hf(config.model.base, config.data)
-    return Retriever(retriever.model, processor, config, retriever.mesh, step=0, identity=retriever.identity)
+    known = {"identity": retriever.identity, "digest": retriever.digest}
+    return Retriever(retriever.model, processor, config, retriever.mesh, step=0, **known)
 
 
 def test_the_embedding_may_be_the_state_of_emb_itself(retriever, queries, documents):

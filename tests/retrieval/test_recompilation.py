@@ -24,7 +24,8 @@ def wide(retriever) -> Retriever:
     data = dataclasses.replace(retriever.config.data, **sizes)
     config = dataclasses.replace(retriever.config, data=data)
     processor = Processor.from_hf(config.model.base, data)
-    return Retriever(retriever.model, processor, config, retriever.mesh, step=0, identity="wide")
+    known = {"identity": "wide", "digest": retriever.digest}
+    return Retriever(retriever.model, processor, config, retriever.mesh, step=0, **known)
 
 
 @pytest.fixture(scope="module")

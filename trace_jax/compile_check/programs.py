@@ -84,8 +84,12 @@ def capacity_of(config: Config, architecture: Architecture, shards: int) -> Capa
     return measure_capacity(batches, shards, config)
 
 
-def abstract_model(config: Config, architecture: Architecture, mesh: jax.sharding.Mesh) -> Qwen2_5_VL:
-    """The model of `config` with shapes and shardings for parameters. <|emb|> stands at the end of the vocabulary."""
+def abstract_model(
+    config: Config, architecture: Architecture, mesh: jax.sharding.Mesh, *, inference: bool = False
+) -> Qwen2_5_VL:
+    """The model of `config`, as it trains or for `inference`, with shapes and shardings for parameters. <|emb|> stands
+    at the end of the vocabulary.
+    """
     run = config.model
     model = nnx.eval_shape(
         lambda: Qwen2_5_VL(
@@ -100,15 +104,23 @@ def abstract_model(config: Config, architecture: Architecture, mesh: jax.shardin
             rngs=nnx.Rngs(0),
         )
     )
-    placed = {
-        tuple(path.split("/")): jax.ShapeDtypeStruct(
-            leaf.shape,
-            stored_dtype(path, leaf.dtype, run.trainable),
-            sharding=sharding.sharding_of(path, leaf.shape, mesh),
+
+    def update(make: Callable[[str, Any], jax.ShapeDtypeStruct]) -> None:
+        leaves = {tuple(path.split("/")): make(path, leaf) for path, leaf in flat_parameters(model).items()}
+        nnx.update(model, nnx.from_flat_state(leaves.items()))
+
+    def folded(model: Qwen2_5_VL) -> Qwen2_5_VL:
+        model.fold_adapters()
+        return model
+
+    update(lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, stored_dtype(path, leaf.dtype, run.trainable)))
+    if inference:
+        model = nnx.eval_shape(folded, model)
+    update(
+        lambda path, leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding.sharding_of(path, leaf.shape, mesh)
         )
-        for path, leaf in flat_parameters(model).items()
-    }
-    nnx.update(model, nnx.from_flat_state(placed.items()))
+    )
     return model
 
 
@@ -205,7 +217,7 @@ def generation_programs(
     are a program each. "decode" is a step of as many queries with traces of evaluation.max_trace_tokens at most.
     """
     data, options, language = config.data, config.evaluation, architecture.language
-    shards, model = sharding.data_shards(mesh), abstract_model(config, architecture, mesh)
+    shards, model = sharding.data_shards(mesh), abstract_model(config, architecture, mesh, inference=True)
     if options.batch_size % shards:
         raise ValueError(f"evaluation.batch_size {options.batch_size} cannot be dealt to {shards} shards")
     geometry = geometry_of(config, architecture)

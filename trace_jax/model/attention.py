@@ -95,11 +95,7 @@ def attend(q: Array, k: Array, v: Array, mask: Array, scales: Sequence[Array] = 
 def _splash(  # noqa: PLR0917 (as `attend`)
     q: Array, k: Array, v: Array, segments_q: Array, segments_kv: Array, causal: bool
 ) -> Array:
-    """Shapes as `attention`, one query a key. Any length: rows are filled up with padding to whole lanes.
-
-    The compiler cannot split a kernel, so each device of the mesh (`jax.set_mesh`) runs its own, on its rows of the
-    batch and its heads.
-    """
+    """Shapes as `attention`, one query a key. Any length: rows are filled up with padding to whole lanes."""
     rows, heads, length, width = q.shape
     kv_heads = k.shape[1]
     room = (0, -length % LANES)
@@ -112,14 +108,24 @@ def _splash(  # noqa: PLR0917 (as `attend`)
         kernel = _splash_kernel(q.shape[2], q.shape[3], causal)
         return jax.vmap(jax.vmap(kernel, in_axes=(0, 0, 0, None)))(q, k, v, ids)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        # Heads that do not divide are attended to by every device of the tensor axis.
-        spec = P(sharding.BATCH_AXES, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
-        specs = (spec, spec, spec, P(sharding.BATCH_AXES))
-        kernels = jax.shard_map(kernels, in_specs=specs, out_specs=spec, check_vma=False)
-    out = kernels(grouped, k, v, ids).reshape(q.shape)[:, :, :length]
+    out = on_each_device(kernels, kv_heads, (True, True, True, False))(grouped, k, v, ids)
+    out = out.reshape(q.shape)[:, :, :length]
     return jnp.where((segments_q > 0)[:, None, :, None], out, jnp.zeros((), q.dtype))
+
+
+def on_each_device(kernel: Callable[..., Array], kv_heads: int, with_heads: Sequence[bool]) -> Callable[..., Array]:
+    """The kernel, run by each device of the mesh (`jax.set_mesh`) for its rows and its heads: no compiler splits one.
+
+    `with_heads` tells which arguments are [rows, kv_heads, ...], as is the result; the others are [rows, ...]. Heads
+    that do not divide are attended to by every device of the tensor axis.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel
+    rows = P(sharding.BATCH_AXES)
+    heads = P(sharding.BATCH_AXES, "tensor") if kv_heads % mesh.shape["tensor"] == 0 else rows
+    specs = tuple(heads if each else rows for each in with_heads)
+    return jax.shard_map(kernel, in_specs=specs, out_specs=heads, check_vma=False)
 
 
 def _splash_kernel(group: int, length: int, causal: bool) -> Callable[[Array, Array, Array, splash.SegmentIds], Array]:

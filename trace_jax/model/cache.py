@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec as P
 
 from trace_jax import sharding
 from trace_jax.model.architecture import LanguageArchitecture
-from trace_jax.model.attention import MASKED, Backend, attend
+from trace_jax.model.attention import MASKED, Backend, attend, on_each_device
 
 Array = jax.Array
 BLOCK = 3 << 20  # bytes of keys and values that the kernel reads at once; the next ones are on their way meanwhile
@@ -87,11 +86,7 @@ def attend_to(cache: LayerCache, q: Array, seen: Array, *, backend: Backend) -> 
     q = q * jnp.asarray(1 / math.sqrt(width), q.dtype)
     grouped = q.reshape(rows, kv_heads, heads // kv_heads, length, width).swapaxes(2, 3)
     hidden = jnp.where(seen, jnp.float32(0), jnp.float32(MASKED))
-    kernel, mesh = _kernel, jax.sharding.get_abstract_mesh()
-    if not mesh.empty:  # each device runs its own, as in attention.py
-        spec = P(sharding.BATCH_AXES, "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None)
-        specs = (spec, spec, spec, P(sharding.BATCH_AXES), [spec] * len(scales))
-        kernel = jax.shard_map(kernel, in_specs=specs, out_specs=spec, check_vma=False)
+    kernel = on_each_device(_kernel, kv_heads, (True, True, True, False, True))
     return kernel(grouped, k, v, hidden, scales).swapaxes(2, 3).reshape(q.shape)
 
 

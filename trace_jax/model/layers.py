@@ -56,7 +56,7 @@ class Linear(nnx.Module):
 
     `kernel` [in, out], or with `dtypes.int8` as `quantized` makes it, with `kernel_scale` [out] float32; `bias` [out];
     `lora_a` [in, rank], uniform as PEFT's kaiming_uniform(sqrt 5); `lora_b` [rank, out], zeros. Bias and adapters are
-    optional.
+    optional. After `fold` with `below`, `kernel` is [in + rank, out] and there is no `lora_b`.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class Linear(nnx.Module):
         """
         leading = x.shape[:-1]
         x = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        if self.lora_a is not None and self.lora_b is None:
+            x = jnp.concatenate([x, x @ self.lora_a[...].astype(self.dtype)], axis=-1)
         y = x @ self.kernel[...].astype(self.dtype)
         if self.kernel_scale is not None:
             y = y.astype(jnp.float32)
@@ -105,14 +107,23 @@ class Linear(nnx.Module):
             y = y + _row(self.bias[...], y)
         return y.reshape(*leading, -1)
 
-    def fold(self) -> None:
-        """Adds the adapter to the kernel (of one layer, or of a stack) in float32, and drops it."""
+    def fold(self, path: str, *, below: bool) -> None:
+        """Makes the adapter a part of the kernel at `path`, of one layer or of a stack. Added, it is gone; `below` puts
+        its rows under the kernel's: one product then gives both, and nothing is rounded that was not.
+        """
         if self.lora_a is None or self.lora_b is None:
             return
-        kernel = self.kernel[...]
-        add = jax.jit(with_adapter, out_shardings=kernel.sharding)
-        self.kernel[...] = add(kernel, self.lora_a[...], self.lora_b[...], self.scale).astype(kernel.dtype)
-        self.lora_a = self.lora_b = None
+
+        def make(kernel: Array, lora_a: Array, lora_b: Array) -> Array:
+            if below:
+                new = jnp.concatenate([kernel, (self.scale * lora_b).astype(kernel.dtype)], axis=-2)
+            else:
+                new = with_adapter(kernel, lora_a, lora_b, self.scale).astype(kernel.dtype)
+            return sharding.placed(new, f"{path}/kernel")
+
+        self.kernel = nnx.Param(jax.jit(make)(self.kernel[...], self.lora_a[...], self.lora_b[...]))
+        self.lora_a = nnx.LoRAParam(self.lora_a[...].astype(self.dtype)) if below else None
+        self.lora_b = None
 
 
 class RMSNorm(nnx.Module):

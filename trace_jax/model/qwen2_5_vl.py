@@ -21,6 +21,9 @@ from trace_jax.model.projector import Projector
 from trace_jax.model.vision import VisionEncoder
 
 Array = jax.Array
+# Of the projections in bfloat16, those whose adapters `fold_adapters` puts below them. The inputs of the other two are
+# split over tensor, and the TPU compiler takes longer for them so (docs/tpu.md).
+APPENDED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 VISUAL = "visual features"  # what the vision encoder gives, by the name that a remat policy knows it by
 
 
@@ -110,12 +113,16 @@ class Qwen2_5_VL(nnx.Module):  # noqa: N801 (the model's own name)
         self.dtype = dtypes.compute
 
     def fold_adapters(self) -> None:
-        """Adds the adapters to the weights: inference then costs what the base's does. Not for weights in bfloat16,
-        whose rounding would swallow most of what adapters change.
+        """Makes the adapters a part of the weights, for inference: they then cost next to nothing.
+
+        Weights in float32 take them up. In bfloat16 rounding would swallow most of what they change: they stay whole,
+        below the weights of the projections `APPENDED`; the others and int8 keep theirs. Run it under the mesh.
         """
-        for _, module in nnx.iter_modules(self.language):
+        for keys, module in nnx.iter_modules(self.language):
             if isinstance(module, Linear):
-                module.fold()
+                wide = module.kernel.dtype == jnp.float32
+                if wide or (module.kernel.dtype == module.dtype and keys[-1] in APPENDED):
+                    module.fold("/".join(map(str, ("language", *keys))), below=not wide)
 
     def unstack(self) -> None:
         """Holds the decoder's layers one by one, if they are unrolled anyhow: XLA:CPU would copy each of them out of

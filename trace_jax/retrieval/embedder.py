@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx, traverse_util
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
@@ -90,6 +90,20 @@ class Encoded:
         )
 
 
+def trained_digest(model: Qwen2_5_VL, trainable: tuple[str, ...]) -> str:
+    """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same on any mesh and any number
+    of hosts. All processes that hold the model must ask for it.
+    """
+    digest = hashlib.sha256()
+    paths: dict[tuple, Any] = traverse_util.flatten_dict(split_model(model, trainable)[1])
+    flat = {"/".join(map(str, path)): parameter for path, parameter in paths.items()}
+    for path, parameter in sorted(flat.items()):
+        own = parameter.is_fully_addressable
+        values = np.asarray(parameter if own else multihost_utils.process_allgather(parameter, tiled=True))
+        digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
+    return digest.hexdigest()
+
+
 class Retriever:
     """A model that turns queries and documents into comparable vectors."""
 
@@ -102,16 +116,17 @@ class Retriever:
         *,
         step: int,
         identity: str,
-        reads: Qwen2_5_VL | None = None,
+        digest: str | None = None,
     ) -> None:
-        """`reads` is the model that embeds, in float32 a copy of its own, where it is there already."""
+        """Takes the model over: its adapters become a part of its weights (`Qwen2_5_VL.fold_adapters`). `digest` is
+        that of a model to which this has happened.
+        """
         self.model, self.processor, self.config, self.mesh = model, processor, config, mesh
         self.step, self.identity = step, identity
-        self._reads = reads or model  # what embeds
-        if reads is None and config.model.param_dtype == "float32":
-            self._reads = nnx.clone(model)
-            self._reads.fold_adapters()
-            self._reads.unstack()
+        self.digest = digest or trained_digest(model, config.model.trainable)
+        with jax.set_mesh(mesh):
+            model.fold_adapters()
+            model.unstack()
         data, runs = config.data, config.model
         options, hidden = config.evaluation, model.architecture.language.hidden_size
         if options.dimensions is not None and not 0 < options.dimensions <= hidden:
@@ -161,21 +176,6 @@ class Retriever:
         return cls(model, processor, config, mesh, step=step, identity=identity)
 
     @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of what is trained: names, shapes and values, a parameter at a time; the same on any mesh and any
-        number of hosts. All processes that hold the model must ask for it.
-        """
-        _, trainable, _ = split_model(self.model, self.config.model.trainable)
-        digest = hashlib.sha256()
-        paths: dict[tuple, Any] = traverse_util.flatten_dict(trainable)
-        flat = {"/".join(map(str, path)): parameter for path, parameter in paths.items()}
-        for path, parameter in sorted(flat.items()):
-            own = parameter.is_fully_addressable
-            values = np.asarray(parameter if own else multihost_utils.process_allgather(parameter, tiled=True))
-            digest.update(f"{path} {values.shape} {values.dtype}".encode() + values.tobytes())
-        return digest.hexdigest()
-
-    @functools.cached_property
     def whole_key(self) -> str:
         """Names the base, the trained values and all that changes a document's vector before it is cut."""
         data, runs = self.config.data, self.config.model
@@ -199,7 +199,7 @@ class Retriever:
 
     def configured(self, config: Config) -> "Retriever":
         """The same model under other options."""
-        known = {"step": self.step, "identity": self.identity, "reads": self._reads}
+        known = {"step": self.step, "identity": self.identity, "digest": self.digest}
         return Retriever(self.model, self.processor, config, self.mesh, **known)
 
     # ---- documents, and queries whose trace is given -----------------------------------------------------
@@ -300,7 +300,7 @@ class Retriever:
         if mode != "direct":
             with jax.set_mesh(self.mesh):
                 batches = (rows for _, rows in self._batches([(numbers, sequences)]))
-                warm_up(self._reads, batches, mode=mode, **self._decoding(self._longest, len(sequences)))
+                warm_up(self.model, batches, mode=mode, **self._decoding(self._longest, len(sequences)))
 
     def _read(self, sample: Sequence[Query | Document]) -> list[Tokens]:
         read = self.processor
@@ -351,7 +351,7 @@ class Retriever:
 
         for members, rows in self._batches(windows, rooms):
             with jax.set_mesh(self.mesh):
-                waiting.append((members, _read(self._reads, rows)))
+                waiting.append((members, _read(self.model, rows)))
             if len(waiting) > AHEAD:
                 yield fetch()
         while waiting:
@@ -461,7 +461,7 @@ class Retriever:
 
             with jax.set_mesh(self.mesh):
                 options = self._decoding(length, count)
-                result = generate(self._reads, batches(), mode=mode, memory=self.memory, **options)
+                result = generate(self.model, batches(), mode=mode, memory=self.memory, **options)
             self.work = self.work.plus(result.work)
             members = np.concatenate(dealt)
             rows = {name: getattr(result, name)[members >= 0] for name in Generation._fields if name != "work"}
