@@ -4,7 +4,8 @@ python launch/train.py mbeir_qwen2_5_vl_7b --workdir gs://BUCKET/trace_7b     (o
 python launch/compile_check.py mbeir_qwen2_5_vl_7b --topology v5p:2x2x4       (v6e:8x8, v5e:8x8; on any machine)
 
 On 64 chips add --data.row-length 1408, which fills the slots better (docs/tpu.md), on v5e --model.remat full, and on
-v6e --mesh.data -1 --mesh.fsdp 1: the base is frozen, and each chip has room for a copy.
+v6e --mesh.data -1 --mesh.fsdp 1: the base is frozen, and each chip has room for a copy. What to add for queries on v5p,
+whose chips have room for the whole model and many rows: docs/tpu.md, Decoding.
 
 What the paper leaves open follows LamRA's published training on M-BEIR, the nearest precedent: temperature 0.05, LoRA
 on every linear layer, at most 300 visual tokens an image, texts cut at 480 tokens, warm-up over 3 % of the steps, no
