@@ -16,6 +16,7 @@ from trace_jax.config import Mesh, to_json
 from trace_jax.data.schema import MARK, Document, Query
 from trace_jax.data.tokenizer import Processor, TextTooLongError, append
 from trace_jax.model.qwen2_5_vl import take_states
+from trace_jax.model.weights import flat_parameters
 from trace_jax.retrieval import embedder, pools
 from trace_jax.retrieval.artifacts import MissingStageError
 from trace_jax.retrieval.embedder import Retriever
@@ -319,15 +320,26 @@ def test_vectors_cut_to_their_first_features(retriever, documents, queries):
         evaluating(retriever, dimensions=49)
 
 
-def test_a_base_in_int8_changes_embeddings_a_little(retriever, documents, queries):
-    model = dataclasses.replace(retriever.config.model, param_dtype="int8")
-    config = dataclasses.replace(retriever.config, model=model)
-    base = load_model(config, retriever.processor, retriever.mesh)
-    small = Retriever(base, retriever.processor, config, retriever.mesh, step=0, identity=retriever.identity)
-    assert small.key != retriever.key
-    whole, rounded = (each.encode_document(documents).embeddings for each in (retriever, small))
-    assert 0.99 < (whole * rounded).sum(axis=1).min() < 1 - 1e-6
-    assert small.encode_query(queries[:3], "always").reasoned.all()
+@pytest.mark.parametrize("dtypes", [("float32", "int8"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")], ids=str)
+def test_a_base_in_fewer_bits_changes_embeddings_a_little(retriever, documents, queries, dtypes):
+    """With adapters that change more than rounding does: each dtype has its own way to fold them."""
+    dtype, param_dtype = dtypes
+    config = dataclasses.replace(
+        retriever.config, model=dataclasses.replace(retriever.config.model, dtype=dtype, param_dtype=param_dtype)
+    )
+    found = {}
+    for name, chosen in (("whole", retriever.config), ("small", config)):
+        base = load_model(chosen, retriever.processor, retriever.mesh)
+        for path, leaf in flat_parameters(base).items():
+            if path.endswith("lora_b"):
+                leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+        found[name] = Retriever(base, retriever.processor, chosen, retriever.mesh, step=0, identity=retriever.identity)
+    assert found["small"].key != found["whole"].key
+    whole, small = (found[name].encode_document(documents).embeddings for name in ("whole", "small"))
+    rounding = (whole * small).sum(axis=1).min()
+    assert 0.99 < rounding < 1 - 1e-6
+    assert (whole * retriever.encode_document(documents).embeddings).sum(axis=1).max() < rounding
+    assert found["small"].encode_query(queries[:3], "always").reasoned.all()
 
 
 def test_memory_for_the_slots_changes_nothing_but_their_number(retriever, queries):
