@@ -10,6 +10,7 @@ from trace_jax.data.processor import Sequence as Tokens
 from trace_jax.data.schema import Inputs
 from trace_jax.model.architecture import Architecture, LanguageArchitecture, VisionArchitecture
 from trace_jax.model.qwen2_5_vl import Qwen2_5_VL
+from trace_jax.model.weights import flat_parameters
 from trace_jax.retrieval.packing import Packer
 
 IMAGE, VIDEO, START, END = 150, 151, 152, 153  # special tokens
@@ -74,6 +75,14 @@ def sequence(
 def states(model: Qwen2_5_VL, inputs: Inputs) -> jax.Array:
     """What the model computes, by one program for all models that are made alike."""
     return model(inputs)
+
+
+def train_adapters(model: Qwen2_5_VL) -> Qwen2_5_VL:
+    """The model with adapters that change what it gives: new ones add nothing."""
+    for path, leaf in flat_parameters(model).items():
+        if path.endswith("lora_b"):
+            leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
+    return model
 
 
 def packer(most: int, *, row_length: int = 64, share: bool = True) -> Packer:

@@ -291,17 +291,8 @@ def test_bfloat16_files_and_sharded_loading(tmp_path):
     np.testing.assert_array_equal(again.emb_row[...], again.head().base[9].astype(jnp.float32))
 
 
-def with_adapters(**options) -> Qwen2_5_VL:
-    """A model whose adapters change what it gives."""
-    model = make(**options)
-    for path, leaf in weights.flat_parameters(model).items():
-        if path.endswith("lora_b"):
-            leaf[...] = 0.1 * jax.random.normal(jax.random.key(len(path)), leaf.shape)
-    return model
-
-
 def test_folded_adapters_give_the_same_states(reference):
-    model, inputs = with_adapters(), tiny.inputs()
+    model, inputs = tiny.train_adapters(make()), tiny.inputs()
     before, real = tiny.states(model, inputs), inputs.segments > 0
     model.fold_adapters()
     assert not any("lora" in path for path in weights.flat_parameters(model))
@@ -315,9 +306,9 @@ def test_in_bfloat16_nothing_of_an_adapter_is_rounded_away(axes):
     devices = jax.devices()[: axes.get("fsdp", 1) * axes.get("tensor", 1)]
     mesh, inputs = sharding.make_mesh(Mesh(data=1, **{"fsdp": 1, **axes}), devices), tiny.inputs()
     real = inputs.segments > 0
-    exact = tiny.states(with_adapters(), inputs)[real]
+    exact = tiny.states(tiny.train_adapters(make()), inputs)[real]
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
-    model = with_adapters(**options)
+    model = tiny.train_adapters(make(**options))
     kernel = model.language.layers.mlp.gate_proj.kernel[...]
     for path, leaf in weights.flat_parameters(model).items():
         leaf[...] = jax.device_put(leaf[...], sharding.sharding_of(path, leaf.shape, mesh))
